@@ -1,0 +1,183 @@
+"""Files that are whole or absent: JSON and safetensors written beside and renamed, tensors opened memory-mapped."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PARTIAL_SUFFIX = ".partial"
+_METADATA_KEY = "rarezoo"
+
+
+@contextlib.contextmanager
+def _written_beside(path: Path) -> Iterator[Path]:
+    """Give a temporary path in the same folder; rename it to `path` on success, remove it on failure."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
+    try:
+        yield partial
+        with partial.open("rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+
+
+@contextlib.contextmanager
+def folder_written_beside(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `folder`; rename it to `folder` on success, remove it on failure.
+
+    Raises:
+        FileExistsError: `folder` exists and is not empty.
+        CannotWriteError: the parent cannot be written.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not an empty folder. Choose another folder or remove this one.")
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}{PARTIAL_SUFFIX}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        os.replace(partial, folder)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and not isinstance(error, CannotWriteError):
+            raise CannotWriteError(folder, error) from error
+        raise
+
+
+class CannotWriteError(OSError):
+    """A target that cannot be written: full disk, read-only, missing permission. Nothing half-written was left there."""
+
+    def __init__(self, path: Path, cause: Exception):
+        super().__init__(f"cannot write {path}: {getattr(cause, 'strerror', None) or cause}; nothing was left there")
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` as indented JSON, whole or not at all.
+
+    Raises:
+        CannotWriteError: the file cannot be written.
+    """
+    try:
+        with _written_beside(path) as partial:
+            partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise CannotWriteError(path, error) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged: expected a JSON object ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def _checksum(tensors: dict[str, np.ndarray]) -> int:
+    checksum = 0
+    for name in sorted(tensors):
+        checksum = zlib.crc32(tensors[name].view(np.uint8).data, checksum)
+    return checksum
+
+
+def write_tensors(path: Path, tensors: dict[str, np.ndarray], source: str = "") -> None:
+    """Write one safetensors file, whole or not at all; equal tensors give equal bytes.
+
+    Args:
+        path: the file.
+        tensors: one-dimensional, contiguous arrays.
+        source: what the tensors were made from (a digest), read back by `read_source`.
+
+    Raises:
+        CannotWriteError: the file cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    # One metadata entry only: safetensors does not promise an order among several.
+    metadata = {_METADATA_KEY: json.dumps({"crc32": _checksum(tensors), "source": source})}
+    try:
+        with _written_beside(path) as partial:
+            save_file(tensors, partial, metadata=metadata)
+    except (OSError, SafetensorError) as error:
+        raise CannotWriteError(path, error) from error
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        # The numpy framework of safetensors copies into memory; the torch one maps the file.
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or truncated ({error})") from error
+
+
+def map_tensors(path: Path, dtypes: dict[str, type], mmap: bool = True) -> dict[str, np.ndarray]:
+    """Open one safetensors file memory-mapped and read-only (a copy in memory with `mmap=False`).
+
+    Args:
+        path: the file.
+        dtypes: the expected tensors and their types.
+        mmap: map the file instead of reading it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, truncated, or holds other tensors.
+    """
+    with _opened(path) as file:
+        names = set(file.keys())
+        if names != set(dtypes):
+            raise ValueError(f"{path} holds the tensors {sorted(names)}; expected {sorted(dtypes)}")
+        tensors = {name: file.get_tensor(name).numpy() for name in dtypes}
+    for name, dtype in dtypes.items():
+        if tensors[name].dtype != np.dtype(dtype):
+            raise ValueError(f"{path}: '{name}' has type {tensors[name].dtype}; expected {np.dtype(dtype)}")
+        if not mmap:
+            tensors[name] = tensors[name].copy()
+        tensors[name].flags.writeable = False
+    return tensors
+
+
+def _read_metadata(path: Path) -> dict[str, Any]:
+    with _opened(path) as file:
+        metadata = (file.metadata() or {}).get(_METADATA_KEY)
+    if metadata is None:
+        raise ValueError(f"{path} was not written by rarezoo: its safetensors metadata has no '{_METADATA_KEY}' entry")
+    return json.loads(metadata)
+
+
+def read_source(path: Path) -> str:
+    """The `source` that `write_tensors` was given."""
+    return _read_metadata(path)["source"]
+
+
+def verify_checksum(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Compare the tensors of a file with the checksum they were written with (reads everything).
+
+    Raises:
+        ValueError: they differ: the file was damaged after it was written.
+    """
+    if _checksum(tensors) != _read_metadata(path)["crc32"]:
+        raise ValueError(f"{path} is damaged: its contents do not match the checksum they were written with")
