@@ -1,3 +1,8 @@
 """From representations to answers: corpora, encoding jobs, containers, indexes, exchange formats, evaluation."""
 
+from rarezoo.retrieval.corpus import Document as Document
+from rarezoo.retrieval.corpus import Query as Query
+from rarezoo.retrieval.corpus import read_corpus as read_corpus
+from rarezoo.retrieval.corpus import read_qrels as read_qrels
+from rarezoo.retrieval.corpus import read_queries as read_queries
 from rarezoo.retrieval.sparse_embeddings import SparseEmbeddings as SparseEmbeddings
