@@ -1,0 +1,383 @@
+"""Mistral-SPLADE: text in, one non-negative sparse vector over the vocabulary out.
+
+The backbone is transformers' Mistral, unchanged, with its weight names. The retrieval head pools log(1 + relu(logits)) over
+the marked positions (SPLADE-max, arXiv 2109.10086 formula 4; on a causal model that reads the text twice, arXiv 2408.11119).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from transformers import MistralModel, MistralPreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, MaskedLMOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
+
+from .configuration_mistral_splade import MistralSpladeConfig
+from .fused_vocabulary_pooling import pool_vocabulary_head
+from .processing_mistral_splade import MistralSpladeProcessor
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class MistralSpladeOutput(ModelOutput):
+    """
+    Args:
+        sparse_embedding: (batch, vocab_size) float32, non-negative; a dense tensor in which most entries are zero.
+        hidden_states: tuple of (batch, length, hidden_size), when asked for.
+        attentions: tuple of (batch, heads, length, length), when asked for (eager attention).
+    """
+
+    sparse_embedding: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+class MistralSpladePreTrainedModel(MistralPreTrainedModel):
+    config_class = MistralSpladeConfig
+    config: MistralSpladeConfig
+    base_model_prefix = "model"
+
+
+class MistralSpladeModel(MistralSpladePreTrainedModel, MistralModel):
+    """The backbone: Mistral, causal or, with `attention_mode="bidirectional"`, without the causal mask."""
+
+    # A saved backbone names this class: it has no head that AutoModel's retrieval class could use.
+    _auto_class = "AutoModel"
+
+    def __init__(self, config: MistralSpladeConfig):
+        super().__init__(config)
+        # The stock module says True; the mask functions, which read the configuration, and the kernels must agree.
+        for layer in self.layers:
+            layer.self_attn.is_causal = config.is_causal
+
+
+class MistralSpladeForMaskedLM(MistralSpladePreTrainedModel):
+    """Backbone and vocabulary head with all logits: what sentence-transformers' `SparseEncoder` builds its pooling on."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _auto_class = "AutoModelForMaskedLM"
+
+    def __init__(self, config: MistralSpladeConfig):
+        super().__init__(config)
+        self.model = MistralSpladeModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MaskedLMOutput:
+        """
+        Args:
+            input_ids, attention_mask: (batch, length).
+            labels: (batch, length), token ids to predict at their own positions, -100 where ignored.
+
+        Returns:
+            logits (batch, length, vocab_size), already multiplied by `config.logit_scale`, so that any SPLADE pooling on top
+            of them equals this family's own.
+        """
+        outputs = _encode(self.model, input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
+        logits = self.lm_head(outputs.last_hidden_state) * self.config.logit_scale
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class MistralSpladeForRetrieval(MistralSpladePreTrainedModel):
+    """Sparse retriever: the fused head pools the logits of the marked positions into one vector per text."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _auto_class = "AutoModel"
+
+    def __init__(self, config: MistralSpladeConfig):
+        super().__init__(config)
+        self.model = MistralSpladeModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._processor: MistralSpladeProcessor | None = None
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pool_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MistralSpladeOutput:
+        """
+        Args:
+            input_ids, attention_mask: (batch, length); padding on either side.
+            pool_mask: (batch, length), 1 where the logits are pooled, as the processor returns it. Without it all positions of
+                `attention_mask` are pooled, which is right for the modes that read the text once.
+
+        Returns:
+            `MistralSpladeOutput` with `sparse_embedding` (batch, vocab_size) float32. Rows with nothing to pool are zero.
+        """
+        outputs = _encode(self.model, input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
+        hidden_states = outputs.last_hidden_state
+        pool_mask = self._resolve_pool_mask(pool_mask, attention_mask, hidden_states)
+        sparse_embedding = pool_vocabulary_head(
+            self.lm_head,
+            hidden_states,
+            pool_mask,
+            pooling=self.config.pooling,
+            activation=self.config.activation,
+            logit_scale=self.config.logit_scale,
+            tile_size=self.config.head_chunk_size,
+        )
+        if self.config.excluded_token_ids:
+            excluded = torch.tensor(self.config.excluded_token_ids, device=sparse_embedding.device)
+            sparse_embedding = sparse_embedding.index_fill(1, excluded, 0.0)
+        return MistralSpladeOutput(
+            sparse_embedding=sparse_embedding, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+    def _resolve_pool_mask(self, pool_mask, attention_mask, hidden_states) -> torch.Tensor:
+        if pool_mask is None:
+            if self.config.attention_mode in ("echo", "repeat") and not torch.compiler.is_compiling():
+                logger.warning_once(
+                    f"attention_mode={self.config.attention_mode!r} pools the second copy of the text, but no pool_mask was "
+                    "given: all positions are pooled. Use the inputs that the processor returns."
+                )
+            pool_mask = (
+                attention_mask if attention_mask is not None else hidden_states.new_ones(hidden_states.shape[:2])
+            )
+        pool_mask = pool_mask.to(hidden_states.device)
+        if self.config.logit_shift:  # position i is pooled where token i + 1 is marked: its logits predict that token
+            pool_mask = torch.cat([pool_mask[:, 1:], torch.zeros_like(pool_mask[:, :1])], dim=1)
+        return pool_mask
+
+    def encode_queries(
+        self,
+        texts: str | Sequence[str],
+        processor: MistralSpladeProcessor | None = None,
+        *,
+        prompt: str | None = None,
+        batch_size: int = 32,
+        top_k: int | None = None,
+        output: str = "scipy",
+        show_progress_bar: bool = False,
+    ):
+        """Sparse vectors of queries.
+
+        Args:
+            texts: one text or several.
+            processor: defaults to the one stored beside the checkpoint.
+            prompt: instruction for the query template; defaults to the processor's.
+            batch_size: texts per forward pass; texts of similar length share a batch.
+            top_k: weights kept per row; defaults to `config.top_k_query`; rows may have fewer.
+            output: "scipy" (csr_matrix), "torch" (sparse CSR tensor) or "dense" (tensor), on the CPU.
+            show_progress_bar: show one.
+
+        Returns:
+            (texts, vocab_size) float32, in the order of `texts`.
+        """
+        values = {"prompt": prompt} if prompt is not None else {}
+        top_k = top_k if top_k is not None else self.config.top_k_query
+        return self._encode_texts("query", texts, processor, values, batch_size, top_k, output, show_progress_bar)
+
+    def encode_documents(
+        self,
+        texts: str | Sequence[str],
+        processor: MistralSpladeProcessor | None = None,
+        *,
+        batch_size: int = 32,
+        top_k: int | None = None,
+        output: str = "scipy",
+        show_progress_bar: bool = False,
+    ):
+        """Sparse vectors of documents; arguments and result as `encode_queries`, `top_k` from `config.top_k_document`."""
+        top_k = top_k if top_k is not None else self.config.top_k_document
+        return self._encode_texts("document", texts, processor, {}, batch_size, top_k, output, show_progress_bar)
+
+    @torch.no_grad()
+    def _encode_texts(self, kind, texts, processor, values, batch_size, top_k, output, show_progress_bar):
+        if output not in ("scipy", "torch", "dense"):
+            raise ValueError(f"output must be 'scipy', 'torch' or 'dense'; found {output!r}")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k must be at least 1; found {top_k}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1; found {batch_size}")
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        processor = self._usable_processor(processor)
+        was_training = self.training
+        self.eval()
+        rows: list[tuple[torch.Tensor, torch.Tensor]] = [(torch.empty(0), torch.empty(0))] * len(texts)
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]) if isinstance(texts[i], str) else 0)
+        bar = tqdm(total=len(texts), desc=f"Encoding {kind} texts", unit="text", disable=not show_progress_bar)
+        try:
+            for start in range(0, len(order), batch_size):
+                batch = order[start : start + batch_size]
+                inputs = processor.process([(kind, {"text": texts[i], **values}) for i in batch])
+                self._check_length(inputs["input_ids"].shape[1])
+                embedding = self(**inputs.to(self.device)).sparse_embedding
+                for i, row in zip(batch, embedding):
+                    rows[i] = _active_entries(row, top_k)
+                bar.update(len(batch))
+        finally:
+            bar.close()
+            self.train(was_training)
+        return _stack_rows(rows, self.config.vocab_size, output)
+
+    def _usable_processor(self, processor: MistralSpladeProcessor | None) -> MistralSpladeProcessor:
+        if processor is None:
+            if self._processor is None:
+                self._processor = _stored_processor(self.config)
+            processor = self._processor
+        if processor.attention_mode != self.config.attention_mode:
+            raise ValueError(
+                f"the model was built for attention_mode={self.config.attention_mode!r}, but the processor prepares "
+                f"{processor.attention_mode!r} inputs; load both from the same checkpoint or set the same mode"
+            )
+        if len(processor.tokenizer) > self.config.vocab_size:
+            raise ValueError(
+                f"the processor's tokenizer has {len(processor.tokenizer)} tokens, but the model's vocab_size is "
+                f"{self.config.vocab_size}; they do not belong together"
+            )
+        return processor
+
+    def _check_length(self, length: int) -> None:
+        if length > self.config.max_position_embeddings:
+            raise ValueError(
+                f"the input has {length} tokens, but the model takes max_position_embeddings="
+                f"{self.config.max_position_embeddings}; lower the processor's max_query_length or max_document_length"
+            )
+        window = self.config.sliding_window
+        if window is not None and length > window and self.config.attention_mode in ("echo", "repeat"):
+            logger.warning_once(
+                f"the input has {length} tokens, more than the sliding window of {window}: the second copy of the text no "
+                "longer sees all of the first"
+            )
+
+    @staticmethod
+    def score(queries, documents):
+        """Dot products of all queries with all documents.
+
+        Args:
+            queries: (n, vocab_size), scipy sparse, torch sparse CSR or dense.
+            documents: (m, vocab_size), of the same kind.
+
+        Returns:
+            (n, m): a float32 numpy array for scipy inputs, else a dense tensor (differentiable for dense inputs).
+        """
+        if queries.shape[-1] != documents.shape[-1]:
+            raise ValueError(
+                f"queries have {queries.shape[-1]} dimensions and documents {documents.shape[-1]}; expected the same vocabulary"
+            )
+        if not isinstance(queries, torch.Tensor):
+            return (queries @ documents.T).toarray()
+        if documents.layout != torch.strided:
+            documents = documents.to_dense()
+        return queries @ documents.T
+
+    def explain(
+        self,
+        text_or_embedding,
+        processor: MistralSpladeProcessor | None = None,
+        top_k: int | None = 20,
+        kind: str = "document",
+    ) -> list[tuple[str, float]]:
+        """The heaviest terms of a text or of one encoded row.
+
+        Args:
+            text_or_embedding: a text (encoded as `kind`, "query" or "document"), or one row: scipy (1, vocab_size), or a tensor
+                (vocab_size,) or (1, vocab_size), sparse or dense.
+            processor: defaults to the one stored beside the checkpoint.
+            top_k: number of terms; None gives all.
+
+        Returns:
+            [(token, weight)], heaviest first; fewer than `top_k` where fewer are active. Vocabulary entries that the tokenizer
+            does not know are named "<id N>".
+        """
+        if kind not in ("query", "document"):
+            raise ValueError(f"kind must be 'query' or 'document'; found {kind!r}")
+        if isinstance(text_or_embedding, str):
+            encode = self.encode_queries if kind == "query" else self.encode_documents
+            text_or_embedding = encode([text_or_embedding], processor, output="dense")
+        row = _dense_row(text_or_embedding, self.config.vocab_size)
+        entries, weights = _active_entries(row, top_k)
+        processor = self._usable_processor(processor)
+        order = weights.argsort(descending=True, stable=True)
+        return [(processor.token(int(entries[i])), float(weights[i])) for i in order]
+
+
+def _encode(model, input_ids, attention_mask, position_ids, inputs_embeds, **kwargs) -> BaseModelOutputWithPast:
+    return model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        inputs_embeds=inputs_embeds,
+        **{**kwargs, "use_cache": False},
+    )
+
+
+def _stored_processor(config: MistralSpladeConfig) -> MistralSpladeProcessor:
+    source = config._name_or_path
+    if not source:
+        raise ValueError("this model was not loaded from a checkpoint: pass processor=MistralSpladeProcessor(...)")
+    return MistralSpladeProcessor.from_pretrained(source, revision=getattr(config, "_commit_hash", None))
+
+
+def _active_entries(row: torch.Tensor, top_k: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Vocabulary ids (ascending, int64) and weights (float32) of the positive entries of `row`, on the CPU.
+
+    With `top_k`, the largest ones; ties at the border go to the lower id, so that the result is the same everywhere.
+    """
+    entries = (row > 0).nonzero().squeeze(1)
+    weights = row[entries]
+    if top_k is not None and entries.numel() > top_k:
+        kept = weights.argsort(descending=True, stable=True)[:top_k].sort().values
+        entries, weights = entries[kept], weights[kept]
+    return entries.cpu(), weights.float().cpu()
+
+
+def _stack_rows(rows, vocab_size: int, output: str):
+    counts = torch.tensor([0, *(entries.numel() for entries, _ in rows)])
+    pointers = counts.cumsum(0)
+    entries = torch.cat([entries.long() for entries, _ in rows]) if rows else torch.empty(0, dtype=torch.long)
+    weights = torch.cat([weights for _, weights in rows]) if rows else torch.empty(0)
+    shape = (len(rows), vocab_size)
+    if output == "scipy":
+        try:
+            from scipy.sparse import csr_matrix
+        except ImportError as error:
+            raise ImportError("output='scipy' needs scipy; install it or choose output='torch'") from error
+
+        matrix = csr_matrix((weights.numpy(), entries.numpy().astype("int32"), pointers.numpy()), shape=shape)
+        matrix.has_sorted_indices = True
+        return matrix
+    if output == "torch":
+        return torch.sparse_csr_tensor(pointers, entries, weights, size=shape)
+    dense = torch.zeros(shape)
+    dense[torch.arange(len(rows)).repeat_interleave(counts[1:]), entries] = weights
+    return dense
+
+
+def _dense_row(embedding, vocab_size: int) -> torch.Tensor:
+    if isinstance(embedding, torch.Tensor):
+        row = embedding.detach()
+        row = row.to_dense() if row.layout != torch.strided else row
+    else:
+        row = torch.from_numpy(embedding.toarray())
+    if row.numel() != vocab_size:
+        raise ValueError(f"expected one row of {vocab_size} weights; found shape {tuple(embedding.shape)}")
+    return row.reshape(-1)
