@@ -252,7 +252,7 @@ def write_manifest(folder: Path, num_shards: int, vocab_size: int, **fields: Any
     """List the shards that lie in `folder`, with their counts and sizes, in its manifest."""
     from rarezoo import __version__
 
-    shards = []
+    shards: list[dict[str, Any]] = []
     for number in range(num_shards):
         path = folder / shard_name(number)
         tensors = storage.map_tensors(path, _SHARD_TENSORS)

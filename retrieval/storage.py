@@ -17,6 +17,25 @@ PARTIAL_SUFFIX = ".partial"
 _METADATA_KEY = "rarezoo"
 
 
+class CannotWriteError(OSError):
+    """A target that cannot be written: full disk, read-only, missing permission. Nothing half-written remains."""
+
+    def __init__(self, path: Path, cause: Exception):
+        super().__init__(
+            f"cannot write {path}: {getattr(cause, 'strerror', None) or cause}; nothing half-written remains"
+        )
+
+
+@contextlib.contextmanager
+def _reported_for(path: Path) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CannotWriteError(path, error) from error
+
+
 @contextlib.contextmanager
 def _written_beside(path: Path) -> Iterator[Path]:
     """Give a temporary path in the same folder; rename it to `path` on success, remove it on failure."""
@@ -40,25 +59,21 @@ def folder_written_beside(folder: Path) -> Iterator[Path]:
         FileExistsError: `folder` exists and is not empty.
         CannotWriteError: the parent cannot be written.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    folder = folder.resolve()
+    with _reported_for(folder):
+        occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if occupied:
         raise FileExistsError(f"{folder} exists and is not an empty folder. Choose another folder or remove this one.")
     partial = folder.with_name(f".{folder.name}.{os.getpid()}{PARTIAL_SUFFIX}")
     try:
-        partial.mkdir(parents=True)
+        with _reported_for(folder):
+            partial.mkdir(parents=True)
         yield partial
-        os.replace(partial, folder)
-    except BaseException as error:
+        with _reported_for(folder):
+            os.replace(partial, folder)
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and not isinstance(error, CannotWriteError):
-            raise CannotWriteError(folder, error) from error
         raise
-
-
-class CannotWriteError(OSError):
-    """A target that cannot be written: full disk, read-only, missing permission. Nothing half-written was left there."""
-
-    def __init__(self, path: Path, cause: Exception):
-        super().__init__(f"cannot write {path}: {getattr(cause, 'strerror', None) or cause}; nothing was left there")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -67,11 +82,8 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     Raises:
         CannotWriteError: the file cannot be written.
     """
-    try:
-        with _written_beside(path) as partial:
-            partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise CannotWriteError(path, error) from error
+    with _reported_for(path), _written_beside(path) as partial:
+        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -108,16 +120,12 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray], source: str = "") 
     Raises:
         CannotWriteError: the file cannot be written.
     """
-    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     # One metadata entry only: safetensors does not promise an order among several.
     metadata = {_METADATA_KEY: json.dumps({"crc32": _checksum(tensors), "source": source})}
-    try:
-        with _written_beside(path) as partial:
-            save_file(tensors, partial, metadata=metadata)
-    except (OSError, SafetensorError) as error:
-        raise CannotWriteError(path, error) from error
+    with _reported_for(path), _written_beside(path) as partial:
+        save_file(tensors, partial, metadata=metadata)
 
 
 @contextlib.contextmanager
