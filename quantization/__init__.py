@@ -1,0 +1,5 @@
+"""Quantized variants of a checkpoint: the schemes, one command, a fidelity report, and a guarded save."""
+
+from rarezoo.quantization.four_bit_guard import dequantize as dequantize
+from rarezoo.quantization.four_bit_guard import restore_four_bit_layout as restore_four_bit_layout
+from rarezoo.quantization.four_bit_guard import save_quantized as save_quantized
