@@ -10,4 +10,6 @@ from rarezoo.retrieval.evaluation import evaluate_run_per_query as evaluate_run_
 from rarezoo.retrieval.evaluation import rank_documents as rank_documents
 from rarezoo.retrieval.evaluation import read_run as read_run
 from rarezoo.retrieval.evaluation import write_run as write_run
+from rarezoo.retrieval.inference_free import InferenceFreeQueryEncoder as InferenceFreeQueryEncoder
+from rarezoo.retrieval.inference_free import inverse_document_frequencies as inverse_document_frequencies
 from rarezoo.retrieval.sparse_embeddings import SparseEmbeddings as SparseEmbeddings
