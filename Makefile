@@ -1,0 +1,51 @@
+# Every target works in a fresh clone: the first one to run makes .venv and installs the package into it, with the
+# versions that the tests ran with. Later runs install again only when pyproject.toml or constraints.txt changed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: install quickstart test test-slow lint format types bench docs clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# Learns, indexes, answers, explains: a retriever on the documentation strings of this machine. Minutes, no downloads.
+quickstart: $(INSTALLED)
+	$(BIN)/rarezoo quickstart
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(MAKE) types
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# A type checker does not see an editable install whose folders carry other names than the package, so it is given what
+# users get: the package as the wheel installs it. The wheel is built from the sdist, never from a stale build folder.
+types: $(INSTALLED)
+	rm -rf build/types
+	$(BIN)/python -m build --no-isolation --outdir build/types . > /dev/null
+	$(BIN)/python -m pip install --quiet --no-deps --target build/types/installed build/types/*.whl
+	MYPYPATH=build/types/installed $(BIN)/python -m mypy --package rarezoo
+
+bench: $(INSTALLED)
+	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+
+docs: $(INSTALLED)
+	$(BIN)/mkdocs build --strict --quiet
+
+clean:
+	rm -rf build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache
