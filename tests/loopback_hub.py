@@ -179,6 +179,7 @@ class LoopbackHub:
             **{name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))},
             "HF_ENDPOINT": self.endpoint,
             "HF_HOME": str(home),
+            "HF_HUB_OFFLINE": "0",
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",

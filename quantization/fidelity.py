@@ -1,0 +1,294 @@
+"""What quantization changed: outputs, retrieval quality, file size, memory and speed against full precision."""
+
+from __future__ import annotations
+
+import builtins
+import inspect
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse import csr_matrix
+from tqdm.auto import tqdm
+
+REPORT_JSON = "quantization_report.json"
+REPORT_MARKDOWN = "quantization_report.md"
+TOP_TERMS = 10
+TOP_DOCUMENTS = 10
+LATENCY_TEXTS = 8
+LATENCY_ROUNDS = 7
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """A retrieval test collection.
+
+    Attributes:
+        queries: query id -> text.
+        documents: document id -> text.
+        qrels: query id -> {document id: relevance grade, an integer}.
+    """
+
+    queries: Mapping[str, str]
+    documents: Mapping[str, str]
+    qrels: Mapping[str, Mapping[str, int]]
+
+    def __post_init__(self) -> None:
+        if not self.queries or not self.documents:
+            raise ValueError(
+                f"an evaluation set needs queries and documents; found {len(self.queries)} queries and "
+                f"{len(self.documents)} documents"
+            )
+        if not any(query in self.qrels for query in self.queries):
+            raise ValueError("no query of the evaluation set has a relevance judgement; check the query ids")
+
+
+def sample_documentation(count: int = 32) -> list[str]:
+    """Real texts that every Python has: the documentation strings of its built-in functions and types."""
+    built_in = [getattr(builtins, name) for name in sorted(dir(builtins)) if name.islower() and name[0] != "_"]
+    texts = [text for item in built_in if callable(item) and (text := inspect.getdoc(item))]
+    return list(dict.fromkeys(texts))[:count]
+
+
+def compare_embeddings(full_precision: csr_matrix, quantized: csr_matrix) -> dict[str, Any]:
+    """Row-by-row comparison of two (n, vocab_size) matrices of sparse vectors.
+
+    Returns:
+        Mean and minimum cosine; relative error ||quantized - full|| / ||full|| over all rows; mean share of the
+        heaviest `TOP_TERMS` terms that both have; mean active dimensions of each. Two empty rows count as equal.
+    """
+    if full_precision.shape != quantized.shape:
+        raise ValueError(f"expected matrices of one shape; found {full_precision.shape} and {quantized.shape}")
+    first, second = csr_matrix(full_precision, dtype=np.float64), csr_matrix(quantized, dtype=np.float64)
+    if not np.isfinite(second.data).all():
+        raise ValueError("the quantized model gives values that are not finite; choose another scheme")
+    products = np.asarray(first.multiply(second).sum(1)).ravel()
+    norms = np.sqrt(np.asarray(first.multiply(first).sum(1)) * np.asarray(second.multiply(second).sum(1))).ravel()
+    both_empty = (np.diff(first.indptr) == 0) & (np.diff(second.indptr) == 0)
+    cosines = np.where(both_empty, 1.0, products / np.where(norms > 0, norms, 1.0))
+    error = np.sqrt((first - second).multiply(first - second).sum()) / max(np.sqrt(first.multiply(first).sum()), 1e-12)
+    overlaps = [_overlap(_heaviest(first, row), _heaviest(second, row)) for row in range(first.shape[0])]
+    return {
+        "texts": first.shape[0],
+        "cosine_mean": float(cosines.mean()),
+        "cosine_minimum": float(cosines.min()),
+        "relative_error": float(error),
+        f"top_{TOP_TERMS}_term_overlap": float(np.mean(overlaps)),
+        "active_dimensions": {
+            "full_precision": float(np.diff(first.indptr).mean()),
+            "quantized": float(np.diff(second.indptr).mean()),
+        },
+    }
+
+
+def _heaviest(matrix: csr_matrix, row: int) -> set[int]:
+    place = slice(matrix.indptr[row], matrix.indptr[row + 1])
+    order = np.argsort(-matrix.data[place], kind="stable")[:TOP_TERMS]
+    return set(matrix.indices[place][order].tolist())
+
+
+def _overlap(expected: set, found: set) -> float:
+    size = max(len(expected), len(found))
+    return len(expected & found) / size if size else 1.0
+
+
+def compare_retrieval(models: Mapping[str, Any], processor: Any, evaluation: EvaluationSet) -> dict[str, Any]:
+    """nDCG@10 of each model on an evaluation set, and how many of the first documents agree.
+
+    Args:
+        models: {"full_precision": model, "quantized": model}.
+    """
+    runs = {name: _rank(model, processor, evaluation) for name, model in models.items()}
+    quality = {name: _ndcg(run, evaluation.qrels) for name, run in runs.items()}
+    overlaps = [_overlap(set(runs["full_precision"][q]), set(runs["quantized"][q])) for q in evaluation.queries]
+    return {
+        "queries": len(evaluation.queries),
+        "documents": len(evaluation.documents),
+        "nDCG@10": {**quality, "change": quality["quantized"] - quality["full_precision"]},
+        f"top_{TOP_DOCUMENTS}_document_overlap": float(np.mean(overlaps)),
+    }
+
+
+def _rank(model: Any, processor: Any, evaluation: EvaluationSet) -> dict[str, dict[str, float]]:
+    """Query id -> {document id: score}, the `TOP_DOCUMENTS` best; equal scores rank in the order of the documents."""
+    queries = model.encode_queries(list(evaluation.queries.values()), processor=processor, show_progress_bar=True)
+    documents = model.encode_documents(list(evaluation.documents.values()), processor=processor, show_progress_bar=True)
+    names = list(evaluation.documents)
+    run = {}
+    for row, query in enumerate(evaluation.queries):
+        scores = (documents @ queries[row].T).toarray().ravel()
+        best = np.argsort(-scores, kind="stable")[:TOP_DOCUMENTS]
+        run[query] = {names[i]: float(scores[i]) for i in best}
+    return run
+
+
+def _ndcg(run: Mapping[str, Mapping[str, float]], qrels: Mapping[str, Mapping[str, int]]) -> float:
+    import ir_measures
+
+    judged = {query: dict(grades) for query, grades in qrels.items() if query in run}
+    return float(ir_measures.calc_aggregate([ir_measures.nDCG @ 10], judged, run)[ir_measures.nDCG @ 10])
+
+
+def measure_latency(models: Mapping[str, Any], processor: Any, texts: list[str]) -> dict[str, Any]:
+    """Median milliseconds of `encode_documents` on one batch, one thread, the models taking turns.
+
+    On a CPU it is processor time, which other programs of the machine disturb less than time on the wall.
+    """
+    batch = texts[:LATENCY_TEXTS]
+    times: dict[str, list[float]] = {name: [] for name in models}
+    with _one_thread():
+        for model in models.values():
+            model.encode_documents(batch, processor=processor)
+        for _ in range(LATENCY_ROUNDS):
+            for name, model in models.items():
+                clock = time.process_time if model.device.type == "cpu" else time.perf_counter
+                start = clock()
+                model.encode_documents(batch, processor=processor)
+                times[name].append((clock() - start) * 1000)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return {**medians, "speedup": medians["full_precision"] / medians["quantized"], "batch_size": len(batch)}
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+_MEMORY_PROGRAM = """
+import gc, importlib.util, json, sys, warnings
+warnings.filterwarnings("ignore")
+import psutil, torch, transformers
+import rarezoo
+from transformers import AutoModel, AutoProcessor
+for library in ("bitsandbytes", "torchao"):  # their code is not the model's memory
+    if importlib.util.find_spec(library):
+        importlib.import_module(library)
+folder, texts = sys.argv[1], json.loads(sys.stdin.read())
+torch.set_num_threads(1)
+transformers.utils.logging.disable_progress_bar()
+processor = AutoProcessor.from_pretrained(folder)
+rarezoo.FAMILIES[transformers.AutoConfig.from_pretrained(folder).model_type].model_class()
+gc.collect()
+before = psutil.Process().memory_info().rss
+model = AutoModel.from_pretrained(folder).eval()
+model.encode_documents(texts[:1], processor=processor)
+gc.collect()
+print("resident", psutil.Process().memory_info().rss - before)
+"""
+
+
+def measure_memory(folders: Mapping[str, Path], texts: list[str]) -> dict[str, Any]:
+    """Growth of resident memory, in bytes, by loading a checkpoint and encoding one text, each in a new process."""
+    children = {
+        name: subprocess.Popen(
+            [sys.executable, "-c", _MEMORY_PROGRAM, str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name, folder in folders.items()
+    }
+    sizes = {}
+    for name, child in children.items():
+        output, errors = child.communicate(json.dumps(texts))
+        found = [line.split()[1] for line in output.splitlines() if line.startswith("resident ")]
+        if child.returncode or not found:
+            raise RuntimeError(f"measuring the memory of the {name} model failed:\n{errors[-2000:]}")
+        sizes[name] = int(found[0])
+    return {**sizes, "ratio": sizes["quantized"] / sizes["full_precision"]}
+
+
+def weight_file_bytes(folder: Path) -> int:
+    """Size of a checkpoint's weight files, in bytes."""
+    return sum(path.stat().st_size for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
+
+
+def measure_fidelity(
+    folders: Mapping[str, Path],
+    texts: list[str] | None = None,
+    evaluation: EvaluationSet | None = None,
+) -> dict[str, Any]:
+    """Compare two checkpoint folders of one sparse retriever.
+
+    Args:
+        folders: {"full_precision": folder, "quantized": folder}.
+        texts: texts to encode; defaults to the evaluation set's documents, or to `sample_documentation()`.
+        evaluation: adds nDCG@10 of both.
+
+    Returns:
+        Sections `outputs`, `retrieval` (None without an evaluation set), `file_bytes`, `resident_bytes`,
+        `encode_milliseconds`.
+    """
+    from transformers import AutoModel, AutoProcessor
+
+    if not texts:
+        texts = list(evaluation.documents.values())[:256] if evaluation else sample_documentation()
+    processor = AutoProcessor.from_pretrained(folders["quantized"])
+    models = {name: AutoModel.from_pretrained(folder).eval() for name, folder in folders.items()}
+    report: dict[str, Any] = {}
+    files = {name: weight_file_bytes(folder) for name, folder in folders.items()}
+    steps = {
+        "outputs": lambda: compare_embeddings(
+            *(model.encode_documents(texts, processor=processor) for model in models.values())
+        ),
+        "retrieval": lambda: compare_retrieval(models, processor, evaluation) if evaluation else None,
+        "file_bytes": lambda: {**files, "ratio": files["quantized"] / files["full_precision"]},
+        "encode_milliseconds": lambda: measure_latency(models, processor, texts),
+        "resident_bytes": lambda: measure_memory(folders, texts),
+    }
+    for name, measure in tqdm(steps.items(), desc="Comparing with full precision", unit="step"):
+        report[name] = measure()
+    return report
+
+
+def render_markdown(report: Mapping[str, Any]) -> str:
+    """The report as a page for people."""
+    lines = [
+        f"# {report['scheme']}: what quantization changed",
+        "",
+        f"{report['summary']} {report['quantized_modules']} modules quantized by {report['library']}, the rest in "
+        f"{report['compute_dtype']}. Kept as they were: {', '.join(report['full_precision_modules'])}.",
+        "",
+    ]
+    if "outputs" not in report:
+        return "\n".join(lines)
+    files, memory, times = report["file_bytes"], report["resident_bytes"], report["encode_milliseconds"]
+    outputs = report["outputs"]
+    active = outputs["active_dimensions"]
+    rows = [
+        ("weight files, MB", files, 1e6, ".1f"),
+        ("resident memory, MB", memory, 1e6, ".1f"),
+        (f"encoding {times['batch_size']} texts, one thread, ms", times, 1, ".1f"),
+        ("active dimensions per text", active, 1, ".1f"),
+    ]
+    if report.get("retrieval"):
+        rows.append(("nDCG@10", report["retrieval"]["nDCG@10"], 1, ".4f"))
+    lines += ["| | full precision | quantized |", "|---|---|---|"]
+    for title, values, unit, form in rows:
+        cells = [format(values[name] / unit, form) for name in ("full_precision", "quantized")]
+        lines.append(f"| {title} | {cells[0]} | {cells[1]} |")
+    lines += [
+        "",
+        f"On {outputs['texts']} texts: cosine {outputs['cosine_mean']:.4f} on average and "
+        f"{outputs['cosine_minimum']:.4f} at least, relative error {outputs['relative_error']:.4f}, "
+        f"{outputs[f'top_{TOP_TERMS}_term_overlap']:.1%} of the {TOP_TERMS} heaviest terms shared.",
+    ]
+    if report.get("retrieval"):
+        shared = report["retrieval"][f"top_{TOP_DOCUMENTS}_document_overlap"]
+        lines.append(f"Of the first {TOP_DOCUMENTS} documents of a query, {shared:.1%} are the same.")
+    return "\n".join([*lines, ""])

@@ -1,0 +1,221 @@
+"""One function from a full-precision checkpoint to a quantized one."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rarezoo.auto import FAMILIES, Family
+from rarezoo.quantization.fidelity import (
+    REPORT_JSON,
+    REPORT_MARKDOWN,
+    EvaluationSet,
+    measure_fidelity,
+    render_markdown,
+)
+from rarezoo.quantization.four_bit_guard import refuse_existing, write_folder_whole, write_model
+from rarezoo.quantization.schemes import FOUR_BIT_BLOCK_SIZE, FOUR_BIT_ROW_TILE, SCHEMES, Scheme
+
+COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Beside weights, configuration, code and processor, what stays true of a quantized checkpoint.
+COMPANION_FILES = (
+    "modules.json",
+    "config_sentence_transformers.json",
+    "sentence_bert_config.json",
+    "training_recipe.json",
+    "LICENSE",
+)
+
+
+def quantize(
+    source_dir: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
+    scheme: str = "nf4",
+    compute_dtype: str | torch.dtype | None = None,
+    evaluation: EvaluationSet | None = None,
+    sample_texts: Sequence[str] | None = None,
+    fidelity: bool = True,
+) -> dict[str, Any]:
+    """Write a quantized copy of a checkpoint, and what it changed.
+
+    The output loads with plain `AutoModel.from_pretrained` (with `trust_remote_code=True` where rarezoo is not
+    installed); it carries the model's code, the processor, `quantization_report.json` and `quantization_report.md`.
+    Embeddings, and the modules that the family's row names (its heads), are not quantized: they are stored in
+    `compute_dtype`. Layers whose shape 4-bit kernels cannot take are left alone as well, and named in the report.
+
+    Args:
+        source_dir: checkpoint folder of one of the families, not quantized.
+        output_dir: folder to write; must not exist, or be empty. It appears whole or not at all.
+        scheme: a name in `SCHEMES`.
+        compute_dtype: "float32" or "bfloat16": dtype of the computation and of all that is not quantized. None takes
+            the checkpoint's own (bfloat16 for the scheme "bf16").
+        evaluation: adds nDCG@10 before and after to the report.
+        sample_texts: texts on which outputs are compared; default: the evaluation set's documents, or the
+            documentation of Python's built-ins.
+        fidelity: compare with full precision. False saves the time and the memory of loading both models; the report
+            then only says what was done.
+
+    Returns:
+        The report: scheme, library, compute_dtype, versions, quantized_modules, full_precision_modules, and the
+        sections of `measure_fidelity`.
+
+    Raises:
+        FileNotFoundError: no checkpoint in `source_dir`.
+        FileExistsError: `output_dir` is in use.
+        ValueError: unknown scheme, dtype or family, a source that is quantized already, or nothing to quantize.
+    """
+    source, chosen = Path(source_dir), _find_scheme(scheme)
+    family, config = _read_source(source)
+    dtype = _find_dtype(compute_dtype, chosen, config)
+    refuse_existing(Path(output_dir))
+    report: dict[str, Any] = {}
+
+    def write(folder: Path) -> None:
+        report.update(_write_quantized(source, folder, chosen, dtype, family, config))
+        if fidelity:
+            folders = {"full_precision": source, "quantized": folder}
+            with _quiet_casts():
+                report.update(measure_fidelity(folders, list(sample_texts or []), evaluation))
+        (folder / REPORT_JSON).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        (folder / REPORT_MARKDOWN).write_text(render_markdown(report), encoding="utf-8")
+
+    write_folder_whole(output_dir, write)
+    return report
+
+
+def _find_scheme(name: str) -> Scheme:
+    if name not in SCHEMES:
+        raise ValueError(f"unknown scheme {name!r}; known schemes: {', '.join(SCHEMES)}")
+    return SCHEMES[name]
+
+
+def _read_source(source: Path) -> tuple[Family, dict[str, Any]]:
+    file = source / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{source} is not a checkpoint folder: it has no config.json")
+    config = json.loads(file.read_text(encoding="utf-8"))
+    family = FAMILIES.get(config.get("model_type", ""))
+    if family is None:
+        raise ValueError(
+            f"{source} holds a model of type {config.get('model_type')!r}; known families: {', '.join(FAMILIES)}. "
+            "An official checkpoint must be converted first"
+        )
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise ValueError(f"{source} is quantized already (by {method}); give the full-precision checkpoint")
+    return family, config
+
+
+def _find_dtype(wanted: str | torch.dtype | None, scheme: Scheme, config: dict[str, Any]) -> torch.dtype:
+    if wanted is None:
+        wanted = "bfloat16" if scheme.name == "bf16" else config.get("dtype") or config.get("torch_dtype") or "float32"
+    name = str(wanted).removeprefix("torch.")
+    if name not in COMPUTE_DTYPES or (scheme.name == "bf16" and name != "bfloat16"):
+        allowed = ["bfloat16"] if scheme.name == "bf16" else list(COMPUTE_DTYPES)
+        raise ValueError(f"compute_dtype of scheme {scheme.name} must be {' or '.join(allowed)}; found {name}")
+    return COMPUTE_DTYPES[name]
+
+
+def _write_quantized(
+    source: Path, folder: Path, scheme: Scheme, dtype: torch.dtype, family: Family, config: dict[str, Any]
+) -> dict[str, Any]:
+    import transformers
+
+    auto_class = getattr(transformers, _auto_class_name(family, config))
+    kept = [*family.full_precision_modules, *_unsuitable_modules(auto_class, source, scheme)]
+    arguments = {} if scheme.configuration is None else {"quantization_config": scheme.configuration(kept, dtype)}
+    model = auto_class.from_pretrained(source, dtype=dtype, **arguments).eval()
+    quantized, untouched = _split_linear_layers(model)
+    if scheme.configuration is not None and not quantized:
+        raise ValueError(
+            f"scheme {scheme.name} can quantize none of the {len(untouched)} linear layers of {source}: 4-bit layers "
+            f"need in_features divisible by {FOUR_BIT_BLOCK_SIZE} and out_features divisible by {FOUR_BIT_ROW_TILE}"
+        )
+    write_model(model, folder)
+    if family.processor:
+        transformers.AutoProcessor.from_pretrained(source).save_pretrained(folder)
+    _copy_companions(source, folder)
+    return {
+        "scheme": scheme.name,
+        "summary": scheme.summary,
+        "library": scheme.library,
+        "bits_per_weight": scheme.bits_per_weight,
+        "compute_dtype": str(dtype).removeprefix("torch."),
+        "quantized_modules": len(quantized),
+        "full_precision_modules": ["embeddings", *untouched],
+        "versions": _versions(scheme.library),
+    }
+
+
+def _auto_class_name(family: Family, config: dict[str, Any]) -> str:
+    """The AutoClass of the head that was saved, so that the copy has the same architecture."""
+    architectures = config.get("architectures") or []
+    return next((name for name, model in family.auto_classes.items() if model in architectures), "AutoModel")
+
+
+def _unsuitable_modules(auto_class: Any, source: Path, scheme: Scheme) -> list[str]:
+    """Linear layers that 4-bit CPU kernels refuse, by full name with and without the base model's prefix.
+
+    They are left alone on every machine, so that a checkpoint made anywhere runs everywhere.
+    """
+    if not scheme.is_four_bit:
+        return []
+    from transformers import AutoConfig
+
+    with torch.device("meta"):
+        model = auto_class.from_config(AutoConfig.from_pretrained(source))
+    names = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and (
+            module.in_features % FOUR_BIT_BLOCK_SIZE or module.out_features % FOUR_BIT_ROW_TILE
+        ):
+            names.append(name)
+    prefix = f"{model.base_model_prefix}."
+    return [*names, *(name.removeprefix(prefix) for name in names if name.startswith(prefix))]
+
+
+def _split_linear_layers(model: nn.Module) -> tuple[list[str], list[str]]:
+    """Names of the quantized linear layers and of the others."""
+    quantized, untouched = [], []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            plain = type(module) is nn.Linear and type(module.weight.data) is torch.Tensor
+            (untouched if plain else quantized).append(name)
+    return quantized, untouched
+
+
+def _copy_companions(source: Path, folder: Path) -> None:
+    for name in COMPANION_FILES:
+        if (source / name).is_file():
+            shutil.copy2(source / name, folder / name)
+    modules = source / "modules.json"
+    for module in json.loads(modules.read_text(encoding="utf-8")) if modules.is_file() else []:
+        if module["path"] and (source / module["path"]).is_dir():
+            shutil.copytree(source / module["path"], folder / module["path"])
+
+
+def _versions(library: str) -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in dict.fromkeys(("torch", "transformers", library))}
+
+
+@contextmanager
+def _quiet_casts() -> Iterator[None]:
+    """bitsandbytes warns at every int8 layer that activations are cast to float16, which is how it works."""
+    logger = logging.getLogger("bitsandbytes.autograd._functions")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
