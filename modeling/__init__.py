@@ -29,7 +29,7 @@ for _family in FAMILIES.values():
         if _name:
             _LAZY[_name] = f"rarezoo.{_family.name}"
 
-__all__ = ["FAMILIES", "Family", "register", *_LAZY]  # noqa: PLE0604
+__all__ = ["FAMILIES", "Family", "register", *_LAZY]
 
 
 def __getattr__(name: str):

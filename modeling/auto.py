@@ -86,7 +86,8 @@ FAMILIES: dict[str, Family] = {
     )
 }
 
-# Every PEFT tuner whose default targets are the linear projections; LoRA's table is the one the others were copied from.
+# Every PEFT tuner whose default targets are the linear projections; LoRA's table is the one the others were copied
+# from.
 _PEFT_TABLES = (
     "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
     "TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING",

@@ -7,9 +7,12 @@ pooling the backward pass touches only the winning position of each active entry
     u[b, j] = relu(max_p z[b, p, j]),  z = sum_k hidden_k @ weight_k.T,  p* = argmax
     d hidden_k[b, p*] += g[b, j] weight_k[j],     d weight_k[j] += g[b, j] hidden_k[b, p*]     where u[b, j] > 0
 
-which costs O(active entries x hidden_size) instead of two full matrix products. A head with a low-rank update (LoRA) is the
-same sum with one more pair (hidden @ A.T * scaling, B): no merged weight is built.
+which costs O(active entries x hidden_size) instead of two full matrix products. A head with a low-rank update (LoRA)
+is the same sum with one more pair (hidden @ A.T * scaling, B): no merged weight is built.
 """
+
+import functools
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -18,6 +21,9 @@ from torch.utils.checkpoint import checkpoint
 
 # Entries of a temporary buffer of gathered rows or logits in the backward pass: 4 Mi floats, 16 MiB.
 _BUFFER_ELEMENTS = 4 * 1024 * 1024
+
+# Fewest rows (batch x positions) for which a bfloat16 screening pass is worth its overhead.
+_SCREENING_ROWS = 128
 
 
 def saturate(values: torch.Tensor, activation: str) -> torch.Tensor:
@@ -33,8 +39,9 @@ def pooled_positions(pool_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
         pool_mask: (batch, length), nonzero where pooled.
 
     Returns:
-        index: int64 (batch, positions), positions = the largest number pooled in any row (at least 1). Rows with fewer repeat
-            their first pooled position, which changes neither their maximum nor, with `valid`, their sum.
+        index: int64 (batch, positions), positions = the largest number pooled in any row (at least 1). Rows with
+            fewer repeat their first pooled position, which changes neither their maximum nor, with `valid`, their
+            sum.
         valid: bool (batch, positions), False on the repetitions and all False for a row that pools nothing.
     """
     pool_mask = pool_mask != 0
@@ -57,10 +64,11 @@ def head_factors(head: nn.Module, hidden: torch.Tensor) -> list[tuple[torch.Tens
         hidden: (batch, length, hidden_size).
 
     Returns:
-        Pairs (hidden_k (batch, length, d_k), weight_k (vocab, d_k)) with head(hidden) = sum_k hidden_k @ weight_k.T, or None
-        where the head is anything else (quantized, hooked, DoRA …) and has to be called as a module.
+        Pairs (hidden_k (batch, length, d_k), weight_k (vocab, d_k)) with head(hidden) = sum_k hidden_k @ weight_k.T,
+        or None where the head is anything else (quantized, hooked, DoRA …) and has to be called as a module.
     """
-    if head._forward_hooks or head._forward_pre_hooks:
+    # torch.export hooks every module for its own records; other hooks (offloading, say) must see the call.
+    if (head._forward_hooks or head._forward_pre_hooks) and not torch.compiler.is_exporting():
         return None
     saved_copies = getattr(head, "modules_to_save", None)
     if isinstance(saved_copies, nn.ModuleDict):
@@ -100,7 +108,7 @@ def pool_vocabulary_head(
     pooling: str = "max",
     activation: str = "log1p_relu",
     logit_scale: float = 1.0,
-    tile_size: int = 1024,
+    tile_size: int = 512,
 ) -> torch.Tensor:
     """Sparse representation from the backbone's hidden states.
 
@@ -114,8 +122,8 @@ def pool_vocabulary_head(
         tile_size: vocabulary entries per tile.
 
     Returns:
-        (batch, vocab) float32, non-negative. Logits are computed in `hidden`'s dtype (or autocast's), the reduction and the
-        activation in float32 (float64 stays float64).
+        (batch, vocab) float32, non-negative. Logits are computed in `hidden`'s dtype (or autocast's), the reduction
+        and the activation in float32 (float64 stays float64).
     """
     index, valid = pooled_positions(pool_mask)
     if pooling == "last":
@@ -129,11 +137,15 @@ def pool_vocabulary_head(
         return _pool_opaque_head(head, _take(hidden, index), valid, pooling, activation, logit_scale)
     hiddens = [_take(factor, index) for factor, _ in factors]
     weights = [weight for _, weight in factors]
+    # An exported program has no backward pass, and autograd functions would freeze its batch size.
+    exporting = torch.compiler.is_exporting()
     with torch.autocast(device_type, enabled=False):
         if pooling in ("sum", "mean"):
-            shares = _shares(valid, pooling)
-            return _ActivatedSum.apply(shares, activation, logit_scale, tile_size, len(hiddens), *hiddens, *weights)
-        maximum = _PositiveMaximum.apply(tile_size, len(hiddens), *hiddens, *weights)
+            pool = _activated_sum if exporting else _ActivatedSum.apply
+            shares = _shares(valid, pooling, hidden.dtype)
+            return pool(shares, activation, logit_scale, tile_size, len(hiddens), *hiddens, *weights)
+        pool = _positive_maximum if exporting else _PositiveMaximum.apply
+        maximum = pool(tile_size, len(hiddens), *hiddens, *weights)
     return _activate_maximum(maximum, valid, activation, logit_scale)
 
 
@@ -141,15 +153,16 @@ def _take(hidden: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return hidden.gather(1, index.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
 
 
-def _shares(valid: torch.Tensor, pooling: str) -> torch.Tensor:
+def _shares(valid: torch.Tensor, pooling: str, dtype: torch.dtype) -> torch.Tensor:
     """Weight of each position in the sum: 1, or 1 / number of pooled positions for the mean; 0 where not valid."""
-    shares = valid.float()
+    shares = valid.to(_reduction_dtype(dtype))
     return shares / shares.sum(dim=1, keepdim=True).clamp(min=1) if pooling == "mean" else shares
 
 
 def _activate_maximum(maximum: torch.Tensor, valid: torch.Tensor, activation: str, logit_scale: float) -> torch.Tensor:
-    # log1p∘relu grows with its argument, so it commutes with the maximum: one activation per entry instead of per position.
-    # where() rather than a product: a row without pooled positions must be zero even if its hidden states are not finite.
+    # log1p∘relu grows with its argument, so it commutes with the maximum: one activation per entry instead of per
+    # position. where() rather than a product: a row without pooled positions must be zero even if its hidden states
+    # are not finite.
     maximum = torch.where(valid.any(dim=1, keepdim=True), maximum, 0.0)
     return saturate(maximum * logit_scale, activation)
 
@@ -158,40 +171,104 @@ def _reduction_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _tile_logits(hiddens, weights, start: int, end: int) -> torch.Tensor:
-    """(batch, positions, end - start), in the dtype of the hidden states."""
-    logits = None
-    for hidden, weight in zip(hiddens, weights):
-        rows = weight[start:end].to(hidden.dtype)
-        if logits is None:
-            logits = hidden.flatten(0, 1) @ rows.t()
+def _logit_tiles(hiddens, weights, tile_size: int) -> Iterator[torch.Tensor]:
+    """Logits of consecutive vocabulary tiles: (batch, positions, tile), in the dtype of the hidden states."""
+    for start in range(0, weights[0].shape[0], tile_size):
+        logits = None
+        for hidden, weight in zip(hiddens, weights):
+            product = hidden @ weight[start : start + tile_size].to(hidden.dtype).t()
+            logits = product if logits is None else logits.add_(product)
+        yield logits
+
+
+def _positive_maximum(tile_size, number_of_factors, *factors) -> torch.Tensor:
+    """relu(max over positions of the logits), (batch, vocab)."""
+    return _maximum_and_winners(tile_size, number_of_factors, factors, wants_winners=False)[0]
+
+
+def _maximum_and_winners(tile_size, number_of_factors, factors, wants_winners: bool):
+    """The positive maximum (batch, vocab) and, if wanted, the position (batch, vocab) int32 that attains it."""
+    hiddens, weights = factors[:number_of_factors], factors[number_of_factors:]
+    if _can_screen(hiddens[0]):
+        return _screened_maximum(hiddens, weights, tile_size)
+    dtype = _reduction_dtype(hiddens[0].dtype)
+    maxima, winners = [], []
+    for logits in _logit_tiles(hiddens, weights, tile_size):
+        if wants_winners:
+            maximum, winner = logits.max(dim=1)
+            winners.append(winner.to(torch.int32))
         else:
-            logits = logits.addmm_(hidden.flatten(0, 1), rows.t())
-    return logits.unflatten(0, hiddens[0].shape[:2])
+            maximum = logits.amax(dim=1)
+        maxima.append(maximum.to(dtype).relu())
+    return torch.cat(maxima, dim=1), torch.cat(winners, dim=1) if wants_winners else None
+
+
+def _can_screen(hidden: torch.Tensor) -> bool:
+    """Float32 on a CPU that multiplies bfloat16 natively, with enough rows that the product dominates the cost."""
+    return (
+        not torch.compiler.is_compiling()
+        and hidden.device.type == "cpu"
+        and hidden.dtype == torch.float32
+        and hidden.shape[0] * hidden.shape[1] >= _SCREENING_ROWS
+        and _multiplies_bfloat16()
+    )
+
+
+@functools.cache
+def _multiplies_bfloat16() -> bool:
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return bool(supported and supported())
+
+
+def _screened_maximum(hiddens, weights, tile_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Exact float32 result of `_maximum_and_winners`, computed only where it can be positive.
+
+    A bfloat16 product (unit roundoff u = 2**-8, float32 accumulation) is off by at most
+
+        (2 u + u**2 + width * 2**-23) * |hidden| * |weight|        (rounded operands, Cauchy-Schwarz)
+
+    so an entry whose approximate maximum lies below minus this bound is inactive: relu makes it exactly zero. All other
+    entries are recomputed in float32. Where most are active screening cannot pay, and tiles are computed directly;
+    every fourth tile looks again, since frequent tokens stand together at the start of many vocabularies.
+    """
+    hidden = torch.cat(hiddens, dim=-1)
+    batch, _, width = hidden.shape
+    vocab_size = weights[0].shape[0]
+    coarse_hidden = hidden.to(torch.bfloat16)
+    bound = hidden.norm(dim=-1).amax(dim=1, keepdim=True) * (2.1 * 2.0**-8 + width * 2.0**-22)
+    maximum = hidden.new_zeros(batch, vocab_size)
+    winners = torch.zeros(batch, vocab_size, dtype=torch.int32)
+    tile_size = 4 * tile_size  # half the bytes per logit, and fewer recomputations of larger size
+    dense_tiles = 0
+    for start in range(0, vocab_size, tile_size):
+        tile = slice(start, min(start + tile_size, vocab_size))
+        weight = torch.cat([weight[tile].float() for weight in weights], dim=1)
+        if dense_tiles % 4:
+            dense_tiles -= 1
+            value, winner = (hidden @ weight.t()).max(dim=1)
+            maximum[:, tile], winners[:, tile] = value.relu(), winner.to(torch.int32)
+            continue
+        coarse = (coarse_hidden @ weight.to(torch.bfloat16).t()).amax(dim=1).float()
+        # Written so that a NaN counts as possibly active and shows in the result.
+        candidates = ~(coarse + bound * weight.norm(dim=1) <= 0)
+        for row in range(batch):
+            entries = candidates[row].nonzero().squeeze(1)
+            value, winner = (hidden[row] @ weight[entries].t()).max(dim=0)
+            maximum[row, start + entries], winners[row, start + entries] = value.relu(), winner.to(torch.int32)
+        dense_tiles = 3 if candidates.float().mean() > 0.5 else 0
+    return maximum, winners
 
 
 class _PositiveMaximum(torch.autograd.Function):
-    """relu(max over positions of the logits), (batch, vocab), with the gather/scatter backward of the module docstring."""
+    """`_positive_maximum` with the gather/scatter backward pass of the module docstring."""
 
     @staticmethod
     def forward(ctx, tile_size, number_of_factors, *factors):
-        hiddens, weights = factors[:number_of_factors], factors[number_of_factors:]
-        batch, vocab_size = hiddens[0].shape[0], weights[0].shape[0]
-        dtype = _reduction_dtype(hiddens[0].dtype)
-        needs_gradient = any(ctx.needs_input_grad)
-        maxima, winners = [], []
-        for start in range(0, vocab_size, tile_size):
-            logits = _tile_logits(hiddens, weights, start, min(start + tile_size, vocab_size))
-            if needs_gradient:
-                maximum, winner = logits.max(dim=1)
-                winners.append(winner.to(torch.int32))
-            else:
-                maximum = logits.amax(dim=1)
-            maxima.append(maximum.to(dtype).relu())
-        maximum = torch.cat(maxima, dim=1)
-        ctx.number_of_factors = number_of_factors
-        if needs_gradient:
-            ctx.save_for_backward(maximum, torch.cat(winners, dim=1), *factors)
+        wants_winners = any(ctx.needs_input_grad)
+        maximum, winners = _maximum_and_winners(tile_size, number_of_factors, factors, wants_winners)
+        if wants_winners:
+            ctx.number_of_factors = number_of_factors
+            ctx.save_for_backward(maximum, winners, *factors)
         return maximum
 
     @staticmethod
@@ -255,22 +332,27 @@ def _scatter_dense(gradient, winners, hidden, weight, hidden_needed, weight_need
     )
 
 
+def _activated_sum(shares, activation, logit_scale, tile_size, number_of_factors, *factors) -> torch.Tensor:
+    """Sum over positions of share x activation(logit), (batch, vocab)."""
+    tiles = _logit_tiles(factors[:number_of_factors], factors[number_of_factors:], tile_size)
+    return torch.cat([_share_sum(logits, shares, activation, logit_scale) for logits in tiles], dim=1)
+
+
+def _share_sum(logits, shares, activation, logit_scale) -> torch.Tensor:
+    """(…, positions, vocab) logits and (…, positions) shares -> (…, vocab)."""
+    shares = shares.unsqueeze(-1)
+    activated = saturate(logits.to(shares.dtype) * logit_scale, activation)
+    return torch.where(shares > 0, activated * shares, 0.0).sum(dim=-2)
+
+
 class _ActivatedSum(torch.autograd.Function):
-    """Sum over positions of share x activation(logit), (batch, vocab); the backward pass recomputes the logits tile by tile."""
+    """`_activated_sum`; the backward pass recomputes the logits tile by tile."""
 
     @staticmethod
     def forward(ctx, shares, activation, logit_scale, tile_size, number_of_factors, *factors):
-        hiddens, weights = factors[:number_of_factors], factors[number_of_factors:]
-        vocab_size = weights[0].shape[0]
-        dtype = _reduction_dtype(hiddens[0].dtype)
-        pieces = []
-        for start in range(0, vocab_size, tile_size):
-            logits = _tile_logits(hiddens, weights, start, min(start + tile_size, vocab_size)).to(dtype)
-            activated = saturate(logits * logit_scale, activation)
-            pieces.append(torch.where(shares.unsqueeze(-1) > 0, activated * shares.unsqueeze(-1), 0.0).sum(dim=1))
         ctx.settings = activation, logit_scale, tile_size, number_of_factors
         ctx.save_for_backward(shares, *factors)
-        return torch.cat(pieces, dim=1)
+        return _activated_sum(shares, activation, logit_scale, tile_size, number_of_factors, *factors)
 
     @staticmethod
     @once_differentiable
@@ -280,17 +362,16 @@ class _ActivatedSum(torch.autograd.Function):
         hiddens, weights = factors[:number_of_factors], factors[number_of_factors:]
         needs = ctx.needs_input_grad[5:]
         totals = [torch.zeros_like(f, dtype=gradient.dtype) if need else None for f, need in zip(factors, needs)]
-        for start in range(0, weights[0].shape[0], tile_size):
-            end = min(start + tile_size, weights[0].shape[0])
-            logits = _tile_logits(hiddens, weights, start, end).to(gradient.dtype) * logit_scale
-            slope = _slope(logits, activation) * logit_scale
+        for number, logits in enumerate(_logit_tiles(hiddens, weights, tile_size)):
+            tile = slice(number * tile_size, number * tile_size + logits.shape[-1])
+            slope = _slope(logits.to(gradient.dtype) * logit_scale, activation) * logit_scale
             slope = torch.where(shares.unsqueeze(-1) > 0, slope * shares.unsqueeze(-1), 0.0)
-            slope = (slope * gradient[:, None, start:end]).flatten(0, 1)
+            slope = (slope * gradient[:, None, tile]).flatten(0, 1)
             for k, (hidden, weight) in enumerate(zip(hiddens, weights)):
                 if needs[k]:
-                    totals[k] += (slope @ weight[start:end].to(slope.dtype)).view_as(hidden)
+                    totals[k] += (slope @ weight[tile].to(slope.dtype)).view_as(hidden)
                 if needs[number_of_factors + k]:
-                    totals[number_of_factors + k][start:end] += slope.t() @ hidden.flatten(0, 1).to(slope.dtype)
+                    totals[number_of_factors + k][tile] += slope.t() @ hidden.flatten(0, 1).to(slope.dtype)
         totals = [t if t is None else t.to(f.dtype) for t, f in zip(totals, factors)]
         return None, None, None, None, None, *totals
 
@@ -304,7 +385,7 @@ def _slope(logits: torch.Tensor, activation: str) -> torch.Tensor:
 
 def _pool_opaque_head(head, hidden, valid, pooling, activation, logit_scale) -> torch.Tensor:
     """Any head that only can be called: position chunks of bounded size, recomputed in the backward pass."""
-    shares = _shares(valid, pooling)
+    shares = _shares(valid, pooling, hidden.dtype)
     rows = []
     for row in range(hidden.shape[0]):
         pooled = None
@@ -332,6 +413,4 @@ def _chunk_maximum(head, hidden) -> torch.Tensor:
 
 
 def _chunk_sum(head, hidden, shares, activation, logit_scale) -> torch.Tensor:
-    logits = head(hidden)
-    activated = saturate(logits.to(_reduction_dtype(logits.dtype)) * logit_scale, activation)
-    return torch.where(shares.unsqueeze(-1) > 0, activated * shares.unsqueeze(-1), 0.0).sum(dim=0)
+    return _share_sum(head(hidden), shares, activation, logit_scale)

@@ -1,16 +1,16 @@
 """Text to tensors for Mistral-SPLADE: templates in the brace grammar of the official echo parser, masks and padding.
 
-The grammar (github.com/jakespringer/echo-embeddings, `EchoParser`): a template is a sequence of pieces. `{...}` is a piece whose
-tokens are pooled, `{!...}` one whose tokens are read but not pooled, text outside braces is literal and not pooled; inside braces
-`%%name%%` is replaced by a value. Every piece is tokenized by itself, without special tokens beyond those written in it, and cut to
-the maximum length by itself: both copies of a long text stay whole copies, and `{</s>}` is never cut off.
+The grammar (github.com/jakespringer/echo-embeddings, `EchoParser`): a template is a sequence of pieces. `{...}` is a
+piece whose tokens are pooled, `{!...}` one whose tokens are read but not pooled, text outside braces is literal and
+not pooled; inside braces `%%name%%` is replaced by a value. Every piece is tokenized by itself, without special
+tokens beyond those written in it, and cut to the maximum length by itself: both copies of a long text stay whole
+copies, and `{</s>}` is never cut off.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 
 import torch
-
 from transformers import BatchEncoding
 from transformers.processing_utils import ProcessorMixin
 
@@ -33,9 +33,11 @@ class MistralSpladeProcessor(ProcessorMixin):
     r"""
     Args:
         tokenizer (`PreTrainedTokenizerBase`):
-            The checkpoint's tokenizer. Without a padding token it pads with its unknown token, as the official parser does.
+            The checkpoint's tokenizer. Without a padding token it pads with its unknown token, as the official parser
+            does.
         attention_mode (`str`, defaults to `"echo"`):
-            "echo", "plain", "bidirectional" or "repeat", as in the model's configuration; chooses the default templates.
+            "echo", "plain", "bidirectional" or "repeat", as in the model's configuration; chooses the default
+            templates.
         query_template, document_template (`str`, *optional*):
             Templates in the brace grammar. They must contain `%%text%%`; `%%prompt%%` is the only other variable that
             `process_queries` and `process_documents` fill.
@@ -44,8 +46,9 @@ class MistralSpladeProcessor(ProcessorMixin):
         max_query_length, max_document_length (`int`, defaults to 256):
             Tokens kept of each piece (not of their sum). The official value for dense echo models is 300.
         pad_between_copies (`bool`, defaults to False):
-            Only for "repeat" mode: pad each copy to the batch's longest before doubling, as CSPLADE's and LACONIC's code does.
-            The result of a text then depends on the other texts of its batch; kept to reproduce such checkpoints.
+            Only for "repeat" mode: pad each copy to the batch's longest before doubling, as CSPLADE's and LACONIC's
+            code does. The result of a text then depends on the other texts of its batch; kept to reproduce such
+            checkpoints.
     """
 
     _auto_class = "AutoProcessor"
@@ -106,8 +109,8 @@ class MistralSpladeProcessor(ProcessorMixin):
             padding_side: "right" or "left".
 
         Returns:
-            `input_ids`, `attention_mask` (0 at padding) and `pool_mask` (1 where pooled): int64 (items, length); in "repeat" mode
-            with `pad_between_copies` also `position_ids`.
+            `input_ids`, `attention_mask` (0 at padding) and `pool_mask` (1 where pooled): int64 (items, length); in
+            "repeat" mode with `pad_between_copies` also `position_ids`.
         """
         if padding_side not in ("right", "left"):
             raise ValueError(f"padding_side must be 'right' or 'left'; found {padding_side!r}")
@@ -123,7 +126,8 @@ class MistralSpladeProcessor(ProcessorMixin):
         return BatchEncoding(self._pad(ids, pooled, padding_side))
 
     def token(self, token_id: int) -> str:
-        """Surface form of a vocabulary entry; "<id N>" for entries of a padded head that the tokenizer does not know."""
+        """Surface form of a vocabulary entry; "<id N>" for entries of a padded head that the tokenizer does not
+        know."""
         token = self.tokenizer.convert_ids_to_tokens(token_id) if token_id < len(self.tokenizer) else None
         return f"<id {token_id}>" if token is None else token
 
@@ -155,7 +159,8 @@ class MistralSpladeProcessor(ProcessorMixin):
         unknown = set(_VARIABLE.findall(template)) - {"text", "prompt"}
         if unknown:
             raise ValueError(
-                f"the {kind} template may use %%text%% and %%prompt%%; found {', '.join(sorted(unknown))} in {template!r}"
+                f"the {kind} template may use %%text%% and %%prompt%%; found {', '.join(sorted(unknown))} "
+                f"in {template!r}"
             )
 
     def _fill_template(self, kind: str, values: Mapping[str, str]) -> list[tuple[str, bool, int]]:
