@@ -185,39 +185,44 @@ class _Shard:
         if self.path is None:
             return
         storage.verify_checksum(self.path, self.tensors)
-        problem = _problem(self.matrix)
+        problem = _problem(self.matrix, self.ids)
         if problem:
             raise ValueError(f"{self.path} is damaged: {problem}")
 
 
-def _problem(matrix: scipy.sparse.csr_matrix) -> str | None:
+def _problem(matrix: scipy.sparse.csr_matrix, ids: Sequence[str]) -> str | None:
     """What is wrong with the entries of a CSR matrix that ought to hold sorted, positive, finite weights."""
     if matrix.nnz == 0:
         return None
-    if not np.isfinite(matrix.data).all():
-        row = _row_of(matrix, np.flatnonzero(~np.isfinite(matrix.data))[0])
-        return f"row {row} holds a weight that is not finite (NaN or infinity)"
-    if (matrix.data <= 0).any():
-        first = np.flatnonzero(matrix.data <= 0)[0]
-        return f"row {_row_of(matrix, first)} holds the weight {matrix.data[first]}; weights must be positive"
     if matrix.indices.min() < 0 or matrix.indices.max() >= matrix.shape[1]:
         return f"a vocabulary index lies outside 0 … {matrix.shape[1] - 1}"
+    wrong_weights = ~(np.isfinite(matrix.data) & (matrix.data > 0))
+    if wrong_weights.any():
+        entry = int(np.flatnonzero(wrong_weights)[0])
+        weight = matrix.data[entry]
+        return f"{_row_name(matrix, entry, ids)} holds the weight {weight}; weights must be positive and finite"
     increasing = matrix.indices[1:] > matrix.indices[:-1]
     row_starts = matrix.indptr[1:-1]
     row_starts = row_starts[(row_starts > 0) & (row_starts < matrix.nnz)]
     increasing[row_starts - 1] = True
     if not increasing.all():
-        row = _row_of(matrix, np.flatnonzero(~increasing)[0])
-        return f"the vocabulary indices of row {row} are not sorted and distinct"
+        entry = int(np.flatnonzero(~increasing)[0])
+        return f"the vocabulary indices of {_row_name(matrix, entry, ids)} are not sorted and distinct"
     return None
 
 
-def _row_of(matrix: scipy.sparse.csr_matrix, entry: int) -> int:
-    return int(np.searchsorted(matrix.indptr, entry, side="right")) - 1
+def _row_name(matrix: scipy.sparse.csr_matrix, entry: int, ids: Sequence[str]) -> str:
+    row = int(np.searchsorted(matrix.indptr, entry, side="right")) - 1
+    return f"row {row} ({ids[row]!r})"
 
 
-def _canonical(matrix: Any) -> scipy.sparse.csr_matrix:
-    """float32 CSR with sorted, distinct indices and no stored zeros; the caller's matrix is left alone."""
+def canonical_rows(matrix: Any, ids: Sequence[str]) -> scipy.sparse.csr_matrix:
+    """float32 CSR with sorted, distinct indices and no stored zeros; the caller's matrix is left alone.
+
+    Raises:
+        TypeError: not a scipy sparse matrix.
+        ValueError: another number of rows than of `ids`, or a weight is negative, NaN or infinite.
+    """
     if not scipy.sparse.issparse(matrix):
         raise TypeError(f"expected a scipy.sparse matrix (n, vocab_size), found {type(matrix).__name__}")
     canonical = scipy.sparse.csr_matrix(matrix, dtype=np.float32)
@@ -225,7 +230,9 @@ def _canonical(matrix: Any) -> scipy.sparse.csr_matrix:
         canonical = canonical.copy()
         canonical.sum_duplicates()
         canonical.eliminate_zeros()
-    problem = _problem(canonical)
+    if len(ids) != canonical.shape[0]:
+        raise ValueError(f"expected one identifier per row, found {len(ids)} for {canonical.shape[0]} rows")
+    problem = _problem(canonical, ids)
     if problem:
         raise ValueError(f"not a matrix of sparse embeddings: {problem}")
     return canonical
@@ -233,6 +240,11 @@ def _canonical(matrix: Any) -> scipy.sparse.csr_matrix:
 
 def shard_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
+
+
+def list_shards(folder: Path) -> list[str]:
+    """Names of the shards that lie in `folder`, listed in its manifest or not."""
+    return sorted(path.name for path in folder.glob("shard-*.safetensors"))
 
 
 def write_shard(path: Path, ids: Sequence[str], matrix: scipy.sparse.csr_matrix, source: str = "") -> None:
@@ -248,7 +260,7 @@ def write_shard(path: Path, ids: Sequence[str], matrix: scipy.sparse.csr_matrix,
     storage.write_tensors(path, tensors, source)
 
 
-def write_manifest(folder: Path, num_shards: int, vocab_size: int, **fields: Any) -> None:
+def write_manifest(folder: Path, num_shards: int, vocab_size: int, *, complete: bool = True, **fields: Any) -> None:
     """List the shards that lie in `folder`, with their counts and sizes, in its manifest."""
     from rarezoo import __version__
 
@@ -268,7 +280,7 @@ def write_manifest(folder: Path, num_shards: int, vocab_size: int, **fields: Any
         "format": "rarezoo.sparse_embeddings",
         "format_version": FORMAT_VERSION,
         "kind": "sparse",
-        "complete": True,
+        "complete": complete,
         **fields,
         "vocab_size": vocab_size,
         "num_documents": sum(shard["num_documents"] for shard in shards),
@@ -313,10 +325,8 @@ class SparseEmbeddings:
     """
 
     def __init__(self, ids: Sequence[str], matrix: Any, fingerprint: str | None = None):
-        canonical = _canonical(matrix)
         ids = list(ids)
-        if len(ids) != canonical.shape[0]:
-            raise ValueError(f"expected one identifier per row, found {len(ids)} for {canonical.shape[0]} rows")
+        canonical = canonical_rows(matrix, ids)
         PackedIds.pack(ids)
         SeenIds().add(ids)
         self._set_shards([_Shard.in_memory(ids, canonical)], canonical.shape[1], fingerprint)

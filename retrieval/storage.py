@@ -27,7 +27,8 @@ class CannotWriteError(OSError):
 
 
 @contextlib.contextmanager
-def _reported_for(path: Path) -> Iterator[None]:
+def reported_for(path: Path) -> Iterator[None]:
+    """Turn whatever the system says about a failed write into one `CannotWriteError` for `path`."""
     from safetensors import SafetensorError
 
     try:
@@ -60,16 +61,16 @@ def folder_written_beside(folder: Path) -> Iterator[Path]:
         CannotWriteError: the parent cannot be written.
     """
     folder = folder.resolve()
-    with _reported_for(folder):
+    with reported_for(folder):
         occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if occupied:
         raise FileExistsError(f"{folder} exists and is not an empty folder. Choose another folder or remove this one.")
     partial = folder.with_name(f".{folder.name}.{os.getpid()}{PARTIAL_SUFFIX}")
     try:
-        with _reported_for(folder):
+        with reported_for(folder):
             partial.mkdir(parents=True)
         yield partial
-        with _reported_for(folder):
+        with reported_for(folder):
             os.replace(partial, folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -82,7 +83,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     Raises:
         CannotWriteError: the file cannot be written.
     """
-    with _reported_for(path), _written_beside(path) as partial:
+    with reported_for(path), _written_beside(path) as partial:
         partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -124,7 +125,7 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray], source: str = "") 
 
     # One metadata entry only: safetensors does not promise an order among several.
     metadata = {_METADATA_KEY: json.dumps({"crc32": _checksum(tensors), "source": source})}
-    with _reported_for(path), _written_beside(path) as partial:
+    with reported_for(path), _written_beside(path) as partial:
         save_file(tensors, partial, metadata=metadata)
 
 

@@ -1,0 +1,241 @@
+"""Encoding jobs: a corpus, read as a stream, becomes a folder of shards that a killed job finds again.
+
+Shard number s holds the texts s * shard_size … of the corpus, whatever the number of processes; process r of N writes
+the shards r, r + N, …; every shard is written beside and renamed when whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+from collections.abc import Callable, Iterable, Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import scipy.sparse
+from tqdm.auto import tqdm
+
+from rarezoo.retrieval import storage
+from rarezoo.retrieval.fingerprint import model_fingerprint, processor_fingerprint
+from rarezoo.retrieval.sparse_embeddings import (
+    MANIFEST_NAME,
+    SeenIds,
+    SparseEmbeddings,
+    canonical_rows,
+    list_shards,
+    read_manifest,
+    shard_name,
+    write_manifest,
+    write_shard,
+)
+
+
+class Text(Protocol):
+    """What is encoded: `Document` and `Query` are such."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def text(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class _Processes:
+    """This process among those of `accelerate launch`."""
+
+    rank: int
+    total: int
+    wait_for_everyone: Callable[[], None]
+
+
+def _processes() -> _Processes:
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched == 1:
+        return _Processes(0, 1, lambda: None)
+    import torch
+    from accelerate import PartialState
+
+    # Without a GPU, accelerate joins the processes only when it is told that they run on the CPU.
+    use_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true" or not torch.accelerator.is_available()
+    state = PartialState(cpu=use_cpu)
+    if state.num_processes != launched:
+        raise RuntimeError(
+            f"{launched} processes were launched, but accelerate's PartialState knows {state.num_processes}: create "
+            "it with PartialState(cpu=True) on machines without a GPU, or not before encode_corpus"
+        )
+    return _Processes(state.process_index, state.num_processes, state.wait_for_everyone)
+
+
+def encode_corpus(
+    model: Any,
+    processor: Any,
+    documents: Iterable[Text],
+    folder: str | os.PathLike[str],
+    kind: str = "document",
+    batch_size: int = 32,
+    shard_size: int = 2048,
+    top_k: int | None = None,
+) -> SparseEmbeddings:
+    """Encode a corpus into a folder of shards; called again after an interruption, it goes on where it stopped.
+
+    Under `accelerate launch` every process calls this with the same arguments and its own iterator over the same
+    corpus; the files are the same, byte by byte, as those of one process with the same number of threads. No batch
+    reaches over the end of a shard, and at most one shard of texts is held in memory.
+
+    Args:
+        model: a sparse retriever: `encode_documents` and `encode_queries` return CSR (n, vocab_size).
+        processor: the model's.
+        documents: objects with `id` and `text`, for instance `read_corpus(path)`; read once, in order.
+        folder: new, empty, or holding the same job.
+        kind: "document" or "query".
+        batch_size: texts per forward pass; may change when a job is resumed.
+        shard_size: texts per file. An interruption loses at most one shard per process.
+        top_k: weights kept per text; by default the model's own `top_k_document` or `top_k_query`.
+
+    Returns:
+        The embeddings, memory-mapped.
+
+    Raises:
+        ValueError: the folder holds a job with other settings or of another corpus, an identifier comes twice, or a
+            vector is not finite.
+        FileExistsError: the folder holds something else.
+        CannotWriteError: full disk or read-only folder; finished shards stay and the job can be resumed.
+    """
+    job = _Job(model, processor, Path(folder), kind, batch_size, shard_size, top_k)
+    processes = _processes()
+    if processes.rank == 0:
+        job.start()
+    processes.wait_for_everyone()
+    job.check_settings()
+    count = job.write_shards(documents, processes)
+    processes.wait_for_everyone()
+    if processes.rank == 0:
+        job.finish(count)
+    processes.wait_for_everyone()
+    return SparseEmbeddings.open(folder)
+
+
+class _Job:
+    def __init__(self, model, processor, folder: Path, kind: str, batch_size: int, shard_size: int, top_k: int | None):
+        if kind not in ("document", "query"):
+            raise ValueError(f"kind must be 'document' or 'query'; found {kind!r}")
+        for name, value in (("batch_size", batch_size), ("shard_size", shard_size), ("top_k", top_k)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1; found {value}")
+        self.encode = model.encode_documents if kind == "document" else model.encode_queries
+        self.processor = processor
+        self.folder = folder
+        self.batch_size = batch_size
+        self.shard_size = shard_size
+        self.top_k = top_k if top_k is not None else getattr(model.config, f"top_k_{kind}")
+        self.vocab_size = model.config.vocab_size
+        self.kind = kind
+        self.settings = {
+            "fingerprint": model_fingerprint(model),
+            "processor": processor_fingerprint(processor),
+            "encoded": kind,
+            "top_k": self.top_k,
+            "shard_size": shard_size,
+        }
+
+    def start(self) -> None:
+        """Write the manifest of a new job: the first thing written, so that a bad target is known at once."""
+        with storage.reported_for(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            entries = sorted(entry.name for entry in self.folder.iterdir())
+        if MANIFEST_NAME in entries:
+            return
+        if any(not entry.endswith(storage.PARTIAL_SUFFIX) for entry in entries):
+            raise FileExistsError(
+                f"{self.folder} holds other files ({entries[0]}, …) and no {MANIFEST_NAME}: choose an empty folder"
+            )
+        write_manifest(self.folder, 0, self.vocab_size, complete=False, **self.settings)
+
+    def check_settings(self) -> None:
+        manifest = read_manifest(self.folder)
+        differing = [
+            f"{name}: {manifest.get(name)!r} there, {value!r} now"
+            for name, value in self.settings.items()
+            if manifest.get(name) != value
+        ]
+        if differing:
+            raise ValueError(
+                f"{self.folder} holds the embeddings of another job ({'; '.join(differing)}). "
+                "Use the same model and settings to resume it, or choose another folder."
+            )
+
+    def write_shards(self, documents: Iterable[Text], processes: _Processes) -> int:
+        """Write this process's missing shards; returns the number of shards of the whole corpus."""
+        seen = SeenIds()
+        stream = iter(documents)
+        total = len(documents) if isinstance(documents, Sized) else None
+        description = f"Encoding {'documents' if self.kind == 'document' else 'queries'}"
+        with tqdm(total=total, desc=description, unit="text", disable=processes.rank != 0) as bar:
+            for number in itertools.count():
+                texts = list(itertools.islice(stream, self.shard_size))
+                if not texts:
+                    return number
+                seen.add([text.id for text in texts])
+                if number % processes.total == processes.rank:
+                    self._write_shard(number, texts, bar)
+                else:
+                    bar.update(len(texts))
+        raise AssertionError("unreachable")
+
+    def _write_shard(self, number: int, texts: list[Text], bar: tqdm) -> None:
+        path = self.folder / shard_name(number)
+        source = _digest(texts)
+        if path.exists():
+            _check_source(path, source)
+            bar.update(len(texts))
+            return
+        write_shard(path, [text.id for text in texts], self._encode_texts(texts, bar), source)
+
+    def _encode_texts(self, texts: list[Text], bar: tqdm) -> scipy.sparse.csr_matrix:
+        """Batches of similar length, so that little is computed on padding."""
+        order = sorted(range(len(texts)), key=lambda row: len(texts[row].text))
+        blocks = []
+        for start in range(0, len(order), self.batch_size):
+            batch = [texts[row].text for row in order[start : start + self.batch_size]]
+            blocks.append(self.encode(batch, self.processor, batch_size=self.batch_size, top_k=self.top_k))
+            bar.update(len(batch))
+        rows = scipy.sparse.vstack(blocks, format="csr")[np.argsort(order)]
+        return canonical_rows(rows, [text.id for text in texts])
+
+    def finish(self, num_shards: int) -> None:
+        """Check that the folder holds the corpus' shards and no others, and write the final manifest."""
+        expected = [shard_name(number) for number in range(num_shards)]
+        surplus = sorted(set(list_shards(self.folder)) - set(expected))
+        if surplus:
+            raise ValueError(
+                f"{self.folder} holds {surplus[0]}, but the corpus now ends before it: it has lost texts since "
+                "the job began. Encode it into another folder."
+            )
+        for leftover in self.folder.glob(f".*{storage.PARTIAL_SUFFIX}"):
+            leftover.unlink()
+        write_manifest(self.folder, num_shards, self.vocab_size, complete=True, **self.settings)
+
+
+def _digest(texts: list[Text]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for text in texts:
+        for value in (text.id, text.text):
+            encoded = value.encode("utf-8", "surrogatepass")
+            digest.update(len(encoded).to_bytes(8, "little"))
+            digest.update(encoded)
+    return digest.hexdigest()
+
+
+def _check_source(path: Path, source: str) -> None:
+    try:
+        found = storage.read_source(path)
+    except ValueError as error:
+        raise ValueError(f"{error}. Remove the file and run the job again to encode it anew.") from error
+    if found != source:
+        raise ValueError(
+            f"{path} was encoded from other texts: the corpus has changed since the job began. "
+            "Encode it into another folder."
+        )
