@@ -93,6 +93,9 @@ def file_written_beside(path: Path) -> Iterator[Path]:
         yield partial
         os.replace(partial, path)
     except OSError as error:
+        if error.errno is None:  # not the system's: the block's own error, about something that it read
+            raise
         raise CannotWriteError(path, error) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
