@@ -1,0 +1,130 @@
+"""The table of verbs, and how errors reach the person who typed the command.
+
+What a person can put right (a missing file, a wrong value, a full disk, a missing extra) ends in one line
+on standard error and exit code 2. Anything else is a fault of the program and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from rarezoo.cli import (
+    convert,
+    encode,
+    explain,
+    export,
+    families,
+    info,
+    quantize,
+    quickstart_command,
+)
+
+# typer exports only this subclass of the error that a wrong command line raises.
+_UsageError = typer.BadParameter.__mro__[1]
+
+_EXTRAS = {
+    "accelerate": "train",
+    "bitsandbytes": "quant",
+    "bm25s": "retrieval",
+    "datasets": "train",
+    "ir_measures": "eval",
+    "matplotlib": "quickstart",
+    "numba": "retrieval",
+    "onnx": "export",
+    "onnxruntime": "export",
+    "onnxscript": "export",
+    "peft": "peft",
+    "sentence_transformers": "retrieval",
+    "torchao": "quant",
+}
+
+# They report on the machine (no Triton, no CUDA extension), not on the command.
+_CHATTY_LOGGERS = ("torchao", "torch.utils._pytree")
+
+
+class _ErrorLine(TyperGroup):
+    """A group whose verbs end in one line on standard error when the user can put the error right."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            line = _line(error)
+            if line is None or ctx.params.get("debug"):
+                raise
+            typer.echo(f"rarezoo: {line}", err=True)
+            raise typer.Exit(2) from error
+
+
+def _line(error: Exception) -> str | None:
+    """What to tell the user, in one line; None where the error is not the user's to put right."""
+    if isinstance(error, _UsageError):
+        command = getattr(getattr(error, "ctx", None), "command_path", "rarezoo")
+        return " ".join(f"{error.format_message()} See `{command} --help`.".split())  # type: ignore[attr-defined]
+    if isinstance(error, ModuleNotFoundError) and (extra := _EXTRAS.get((error.name or "").split(".")[0])):
+        return f"this needs {error.name}: pip install 'rarezoo[{extra}]'"
+    message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    # A KeyError without a sentence is a lookup that failed inside the program.
+    expected = " " in message if isinstance(error, KeyError) else isinstance(error, _user_errors())
+    return " ".join(message.split()) or type(error).__name__ if expected else None
+
+
+def _user_errors() -> tuple[type[Exception], ...]:
+    from huggingface_hub.errors import StrictDataclassError
+
+    return ValueError, OSError, ImportError, StrictDataclassError
+
+
+app = typer.Typer(
+    cls=_ErrorLine,
+    name="rarezoo",
+    help="Models that the mainstream libraries leave out: convert, train, quantize, encode, index, search, explain.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import rarezoo
+
+        typer.echo(f"rarezoo {rarezoo.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of every error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    if not debug:
+        for name in _CHATTY_LOGGERS:
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+
+app.command("list")(families.list_families)
+app.command("info")(info.info)
+app.command("convert")(convert.convert)
+app.command("export")(export.export)
+app.command("quantize")(quantize.quantize)
+app.command("encode")(encode.encode)
+app.command("explain")(explain.explain)
+app.command("quickstart")(quickstart_command.quickstart)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        typer.echo("rarezoo: interrupted; what was finished is kept, run the same command to go on", err=True)
+        sys.exit(130)

@@ -1,0 +1,101 @@
+"""Checkpoints as the verbs meet them: found and checked before anything heavy is loaded."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from rarezoo.auto import FAMILIES, Family
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def check_source(model: str) -> None:
+    """Raise `FileNotFoundError` unless `model` is a checkpoint folder or has the form of a Hub repository's name."""
+    folder = Path(model).expanduser()
+    if (folder / "config.json").is_file():
+        return
+    if (folder / "adapter_config.json").is_file():
+        raise FileNotFoundError(
+            f"{model} is a LoRA adapter without its base: merge them with `rarezoo convert FAMILY {model} DESTINATION`"
+        )
+    if folder.is_dir():
+        raise FileNotFoundError(f"{model} is a folder without config.json: expected a checkpoint")
+    if folder.exists():
+        raise FileNotFoundError(f"{model} is a file: expected a checkpoint folder or a Hub repository OWNER/NAME")
+    if model.startswith((".", "/", "~")) or not _HUB_NAME.fullmatch(model):
+        raise FileNotFoundError(f"no folder {model}: expected a checkpoint folder or a Hub repository OWNER/NAME")
+
+
+def load_config(model: str) -> tuple[Family, Any]:
+    """The family and the configuration of a checkpoint.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is of a model that is not in the zoo.
+    """
+    check_source(model)
+    from transformers import AutoConfig, PretrainedConfig
+
+    fields, _ = PretrainedConfig.get_config_dict(model)
+    model_type = fields.get("model_type")
+    if model_type not in FAMILIES:
+        raise ValueError(
+            f"{model} has model_type {model_type!r}; expected one of {', '.join(sorted(FAMILIES))}. "
+            "Other layouts are read by `rarezoo convert FAMILY SOURCE DESTINATION`"
+        )
+    return FAMILIES[model_type], AutoConfig.from_pretrained(model)
+
+
+def load_processor(model: str) -> Any:
+    """The processor stored in a checkpoint."""
+    load_config(model)
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(model)
+
+
+def load_retriever(model: str, device: str | None = None, dtype: str | None = None) -> tuple[Any, Any]:
+    """Model (in evaluation mode, on the device) and processor of a checkpoint, quantized ones included.
+
+    Args:
+        model: folder or Hub repository.
+        device: None takes a GPU where there is one.
+        dtype: "float32", "bfloat16" or "float16"; None what the checkpoint says.
+    """
+    _check_dtype(dtype)
+    _, config = load_config(model)
+    import torch
+    from transformers import AutoModel, AutoProcessor
+
+    target = _device(device)
+    quantized = getattr(config, "quantization_config", None) is not None
+    if quantized and dtype is not None:
+        raise ValueError(f"{model} is quantized: its dtype is fixed, leave out --dtype")
+    arguments = {"dtype": getattr(torch, dtype)} if dtype else {}
+    if quantized and target.type != "cpu":
+        arguments["device_map"] = {"": target}
+    network = AutoModel.from_pretrained(model, **arguments).eval()
+    if not quantized:
+        network = network.to(target)
+    return network, AutoProcessor.from_pretrained(model)
+
+
+def _check_dtype(dtype: str | None) -> None:
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype must be float32, bfloat16 or float16; found {dtype!r}")
+
+
+def _device(name: str | None) -> Any:
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device must be cpu, cuda or cuda:NUMBER; found {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: PyTorch finds no GPU on this machine")
+    return device

@@ -1,0 +1,73 @@
+"""`rarezoo convert`: published checkpoint layouts to rarezoo's, and back."""
+
+from __future__ import annotations
+
+import json as json_format
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from rarezoo.cli.options import JsonOption
+from rarezoo.cli.output import megabytes, print_json
+
+
+def convert(
+    family: Annotated[str, typer.Argument(metavar="FAMILY", help="A name that `rarezoo list` shows.")],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Checkpoint folder, or Hub repository OWNER/NAME.")],
+    destination: Annotated[str, typer.Argument(metavar="DESTINATION", help="New folder.")],
+    to: Annotated[str, typer.Option(help="rarezoo, or official.")] = "rarezoo",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16. By default the source's own.")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file, as 5GB or 200MB.")] = "5GB",
+    base: Annotated[
+        str | None,
+        typer.Option(help="Base of an adapter: folder or Hub repository. By default what the adapter names."),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="Option of the family's converter; VALUE is JSON or a plain word."),
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Convert a checkpoint to rarezoo's layout, or back.
+
+    It is read tensor by tensor. Every tensor is accounted for, and the result is opened again before it gets its name.
+    """
+    options = _options(option or [])
+    if base is not None:
+        options["base"] = base
+    from rarezoo.conversion import convert as convert_checkpoint
+
+    report = convert_checkpoint(
+        family, source, destination, to=to, dtype=dtype, max_shard_size=max_shard_size, **options
+    )
+    if json:
+        print_json(asdict(report))
+        return
+    for folder in report.folders:
+        dtype_text = f" in {folder.dtype}" if folder.dtype else ""
+        typer.echo(
+            f"{folder.path}: {folder.layout} layout, {folder.tensors} tensors, {folder.parameters:,} "
+            f"parameters{dtype_text}, {megabytes(folder.size_bytes)}"
+        )
+        if folder.merged:
+            typer.echo(f"  adapter merged into {len(folder.merged)} weights")
+        for name, reason in folder.dropped.items():
+            typer.echo(f"  left out {name}: {reason}")
+        for note in folder.notes:
+            typer.echo(f"  {note}")
+
+
+def _options(texts: list[str]) -> dict[str, Any]:
+    options = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not (name and equals):
+            raise ValueError(f"--option must be NAME=VALUE; found {text!r}")
+        try:
+            options[name] = json_format.loads(value)
+        except ValueError:
+            options[name] = value
+    return options

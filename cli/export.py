@@ -1,0 +1,101 @@
+"""`rarezoo export`: embeddings for other search engines, and checkpoints for other runtimes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+EMBEDDING_FORMATS = ("anserini", "anserini-queries", "qdrant", "opensearch", "elasticsearch", "seismic", "scipy")
+CHECKPOINT_FORMATS = ("onnx", "inference-free")
+
+
+def export(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="Folder of `rarezoo encode`, or a checkpoint for onnx and inference-free."
+        ),
+    ],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="New file, or new folder.")],
+    to: Annotated[str, typer.Option(metavar="FORMAT", help=", ".join((*EMBEDDING_FORMATS, *CHECKPOINT_FORMATS)))],
+    model: Annotated[
+        str | None, typer.Option(help="Checkpoint whose tokens name the dimensions; without it they are <id:N>.")
+    ] = None,
+    field: Annotated[
+        str | None, typer.Option(help="Name of the vector field (opensearch, elasticsearch, qdrant).")
+    ] = None,
+    shard_size: Annotated[
+        int | None, typer.Option(min=1, help="Write a folder of files with that many texts each.")
+    ] = None,
+    corpus: Annotated[
+        Path | None, typer.Option(help="Corpus from which inference-free queries take their weights.")
+    ] = None,
+) -> None:
+    """Write for other search engines and runtimes.
+
+    Embeddings become the files that the engine loads; a checkpoint becomes an ONNX graph, or the table of weights with
+    which queries need no model.
+    """
+    if to in EMBEDDING_FORMATS:
+        _export_embeddings(source, output, to, model, field, shard_size)
+    elif to == "onnx":
+        _export_onnx(source, output)
+    elif to == "inference-free":
+        _export_inference_free(source, output, corpus)
+    else:
+        known = ", ".join((*EMBEDDING_FORMATS, *CHECKPOINT_FORMATS))
+        raise ValueError(
+            f"--to must be one of {known}; found {to!r}. Official layouts: `rarezoo convert --to official`"
+        )
+    typer.echo(f"written to {output}")
+
+
+def _export_embeddings(
+    source: str, output: Path, to: str, model: str | None, field: str | None, shard_size: int | None
+) -> None:
+    from rarezoo.retrieval import SparseEmbeddings, export_embeddings
+
+    embeddings = SparseEmbeddings.open(source)
+    tokens = None
+    if model is not None:
+        from rarezoo.cli.checkpoints import load_processor
+
+        tokens = load_processor(model).tokenizer
+    named: dict[str, Any] = {} if field is None else {"field": field}
+    export_embeddings(embeddings, output, to, tokens, shard_size=shard_size, show_progress_bar=True, **named)
+
+
+def _export_inference_free(source: str, output: Path, corpus: Path | None) -> None:
+    if corpus is None:
+        raise ValueError("--to inference-free counts the tokens of a corpus: give --corpus")
+    from rarezoo.cli.checkpoints import load_config, load_processor
+    from rarezoo.retrieval import InferenceFreeQueryEncoder, read_corpus
+
+    _, config = load_config(source)
+    tokenizer = load_processor(source).tokenizer
+    encoder = InferenceFreeQueryEncoder.from_corpus(
+        tokenizer, read_corpus(corpus), vocab_size=config.vocab_size, show_progress_bar=True
+    )
+    encoder.save_pretrained(output)
+
+
+def _export_onnx(source: str, output: Path) -> None:
+    """The model as an ONNX graph with dynamic batch and length, and the processor that prepares its inputs."""
+    import onnxscript  # noqa: F401  the exporter would fail late and unclearly without it
+    import torch
+    from transformers.exporters import OnnxConfig, OnnxExporter
+
+    from rarezoo.cli.checkpoints import load_retriever
+    from rarezoo.conversion.engine import staged_folder
+
+    retriever, processor = load_retriever(source, device="cpu", dtype="float32")
+    # The shapes of the sample are not baked in: two texts of different length, so that nothing has size 1.
+    inputs = dict(processor.process_documents(["a sample text", "another, somewhat longer sample text"]))
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=retriever.config.max_position_embeddings)
+    shapes = {name: {0: batch, 1: length} for name in inputs}
+    with staged_folder(output) as folder:
+        program = OnnxExporter().export(retriever, inputs, config=OnnxConfig(dynamic=True, dynamic_shapes=shapes))
+        program.save_pretrained(folder)
+        processor.save_pretrained(folder)

@@ -1,0 +1,134 @@
+"""`rarezoo info`: what a preset or a checkpoint is."""
+
+from __future__ import annotations
+
+import json as json_format
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rarezoo.auto import FAMILIES, Family
+from rarezoo.cli.options import JsonOption
+from rarezoo.cli.output import megabytes, print_json, print_pairs
+
+
+def info(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="Preset FAMILY/NAME, checkpoint folder, or Hub repository OWNER/NAME."),
+    ],
+    json: JsonOption = False,
+) -> None:
+    """Describe a preset or a checkpoint.
+
+    Shows its configuration, parameters, files, training recipe and quantization.
+    """
+    family_name, _, preset = model.partition("/")
+    answer = _describe_preset(family_name, preset) if family_name in FAMILIES else _describe_checkpoint(model)
+    if json:
+        print_json(answer)
+    else:
+        print_pairs(_lines(answer))
+
+
+def _describe_preset(family_name: str, name: str) -> dict[str, Any]:
+    from rarezoo.configs import load_preset, read_preset
+
+    preset = read_preset(family_name, name)
+    return {
+        "preset": f"{family_name}/{name}",
+        **_describe_family(FAMILIES[family_name]),
+        "parameters": _count_parameters(load_preset(family_name, name)),
+        "source": preset["source"],
+        "config": preset["config"],
+        "processor": preset["processor"],
+    }
+
+
+def _describe_checkpoint(model: str) -> dict[str, Any]:
+    from rarezoo.cli.checkpoints import load_config
+
+    family, config = load_config(model)
+    folder = Path(model).expanduser()
+    answer = {
+        "checkpoint": model,
+        **_describe_family(family),
+        "parameters": _count_parameters(config),
+        "config": _own_fields(config),
+        "processor": _read(model, "processor_config.json"),
+        "training_recipe": _read(model, "training_recipe.json"),
+        "quantization": _quantization(config, _read(model, "quantization_report.json")),
+        "files": _folder_files(folder) if folder.is_dir() else _hub_files(model),
+    }
+    return {name: value for name, value in answer.items() if value is not None}
+
+
+def _describe_family(family: Family) -> dict[str, Any]:
+    return {"family": family.name, "title": family.title, "representation": family.representation}
+
+
+def _count_parameters(config: Any) -> int:
+    """Parameters of the model that `AutoModel` gives, built without memory for its weights."""
+    import torch
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _own_fields(config: Any) -> dict[str, Any]:
+    """The configuration as stored, without what other lines of the answer say."""
+    left_out = ("auto_map", "quantization_config", "architectures", "transformers_version", "_name_or_path")
+    return {name: value for name, value in config.to_dict().items() if name not in left_out}
+
+
+def _read(model: str, name: str) -> dict[str, Any] | None:
+    """A JSON file of a checkpoint; None where it has none."""
+    from transformers.utils import cached_file
+
+    path = cached_file(model, name, _raise_exceptions_for_missing_entries=False)
+    return json_format.loads(Path(path).read_text(encoding="utf-8")) if path else None
+
+
+def _quantization(config: Any, report: dict[str, Any] | None) -> dict[str, Any] | None:
+    settings = getattr(config, "quantization_config", None)
+    if settings is None and report is None:
+        return None
+    if settings is not None and not isinstance(settings, dict):
+        settings = settings.to_dict()
+    return {"scheme": report["scheme"] if report else settings["quant_method"], "settings": settings, "report": report}
+
+
+def _folder_files(folder: Path) -> dict[str, int]:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
+
+
+def _hub_files(model: str) -> dict[str, int] | None:
+    from huggingface_hub import HfApi
+    from huggingface_hub.constants import is_offline_mode
+
+    if is_offline_mode():
+        return None
+    return {entry.path: entry.size for entry in HfApi().list_repo_tree(model, recursive=True) if hasattr(entry, "size")}
+
+
+def _lines(answer: dict[str, Any]) -> list[tuple[str, str]]:
+    lines = [
+        ("checkpoint" if "checkpoint" in answer else "preset", answer.get("checkpoint") or answer["preset"]),
+        ("family", f"{answer['family']} ({answer['title']}, {answer['representation']})"),
+        ("parameters", f"{answer['parameters']:,}"),
+    ]
+    if "source" in answer:
+        lines.append(("source", answer["source"]))
+    if "quantization" in answer:
+        lines.append(("quantization", answer["quantization"]["scheme"]))
+    for section in ("config", "processor", "training_recipe"):
+        for position, (name, value) in enumerate((answer.get(section) or {}).items()):
+            title = section.replace("_", " ") if position == 0 else ""
+            lines.append((title, f"{name} = {json_format.dumps(value, default=str, ensure_ascii=False)}"))
+    for position, (name, size) in enumerate((answer.get("files") or {}).items()):
+        lines.append(("files" if position == 0 else "", f"{name}, {megabytes(size)}"))
+    return lines

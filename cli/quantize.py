@@ -1,0 +1,52 @@
+"""`rarezoo quantize`: a smaller copy of a checkpoint, and what it costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rarezoo.cli.options import JsonOption
+from rarezoo.cli.output import print_json
+
+
+def quantize(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Checkpoint folder.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="New folder.")],
+    scheme: Annotated[str, typer.Option(help="nf4, fp4, int8, bf16, int8-torchao, …")] = "nf4",
+    compute_dtype: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16: dtype of all that is not quantized.")
+    ] = None,
+    evaluation: Annotated[
+        Path | None, typer.Option(metavar="BEIR", help="BEIR folder: adds nDCG@10 before and after to the report.")
+    ] = None,
+    fidelity: Annotated[bool, typer.Option(help="Compare with full precision.")] = True,
+    json: JsonOption = False,
+) -> None:
+    """Write a smaller copy of a checkpoint.
+
+    The copy carries a report on what changed: outputs, file size, memory and speed, and nDCG@10 with --evaluation.
+    """
+    from rarezoo.cli.checkpoints import load_config
+    from rarezoo.quantization import EvaluationSet
+    from rarezoo.quantization import quantize as write_quantized
+    from rarezoo.quantization.fidelity import render_markdown
+    from rarezoo.retrieval import read_corpus, read_qrels, read_queries
+
+    load_config(str(source))
+    evaluation_set = None
+    if evaluation is not None:
+        evaluation_set = EvaluationSet(
+            {query.id: query.text for query in read_queries(evaluation)},
+            {document.id: document.text for document in read_corpus(evaluation)},
+            read_qrels(evaluation),
+        )
+    report = write_quantized(
+        source, output, scheme=scheme, compute_dtype=compute_dtype, evaluation=evaluation_set, fidelity=fidelity
+    )
+    if json:
+        print_json(report)
+    else:
+        typer.echo(render_markdown(report))
+        typer.echo(f"written to {output}")
