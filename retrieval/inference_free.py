@@ -11,7 +11,7 @@ import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import scipy.sparse
@@ -177,7 +177,7 @@ class InferenceFreeQueryEncoder:
         from transformers import AutoTokenizer
         from transformers.utils import cached_file
 
-        file = cached_file(path, IDF_FILE_NAME, **hub_arguments)
+        file = cast(str, cached_file(path, IDF_FILE_NAME, **hub_arguments))
         tensors = storage.map_tensors(Path(file), _TENSORS, mmap=False)
         return cls(AutoTokenizer.from_pretrained(path, **hub_arguments), tensors["idf"])
 

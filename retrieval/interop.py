@@ -34,7 +34,7 @@ import scipy.sparse
 
 from rarezoo.retrieval import storage
 from rarezoo.retrieval.sparse_embeddings import SparseEmbeddings
-from rarezoo.retrieval.text_files import file_written_beside, open_text, read_lines
+from rarezoo.retrieval.text_files import file_written_beside, open_text, read_lines, write_errors_for
 from rarezoo.retrieval.token_keys import TokenLookup, token_keys
 
 DEFAULT_FIELD = "sparse_embedding"
@@ -126,7 +126,7 @@ def export_embeddings(
         with file_written_beside(path) as partial, open_text(partial, compressed=path.suffix == ".gz") as file:
             file.writelines(texts)
     else:
-        with storage.folder_written_beside(path) as partial, storage.reported_for(path):
+        with storage.folder_written_beside(path) as partial, write_errors_for(path):
             _write_parts(texts, len(embeddings), partial, shard_size, text_format.suffix)
 
 
@@ -333,7 +333,7 @@ def _member(content: dict[str, Any], key: str, kind: type, where: str) -> Any:
     return value
 
 
-_JSON_NAMES = {dict: "object", list: "array"}
+_JSON_NAMES: dict[type, str] = {dict: "object", list: "array"}
 
 
 def _identifier(content: dict[str, Any], key: str, where: str) -> str:

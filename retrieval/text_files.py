@@ -79,6 +79,20 @@ def open_text(path: Path, compressed: bool = False) -> Iterator[TextIO]:
 
 
 @contextlib.contextmanager
+def write_errors_for(target: Path) -> Iterator[None]:
+    """Report what the system says about a failed write as one `CannotWriteError` for `target`.
+
+    Errors about what the block reads (a missing shard, say) carry no error number of the system and pass unchanged.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise CannotWriteError(target, error) from error
+
+
+@contextlib.contextmanager
 def file_written_beside(path: Path) -> Iterator[Path]:
     """A temporary path in the folder of `path` that becomes `path` when the block ends without an error.
 
@@ -89,13 +103,10 @@ def file_written_beside(path: Path) -> Iterator[Path]:
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        os.replace(partial, path)
-    except OSError as error:
-        if error.errno is None:  # not the system's: the block's own error, about something that it read
-            raise
-        raise CannotWriteError(path, error) from error
+        with write_errors_for(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            os.replace(partial, path)
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()

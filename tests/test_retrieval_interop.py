@@ -389,6 +389,17 @@ def test_full_disk(tmp_path, embeddings, monkeypatch, shard_size):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.filterwarnings("ignore:.*rows have no weights")
+@pytest.mark.parametrize(("format", "shard_size"), [("seismic", None), ("seismic", 3), ("scipy", None)])
+def test_missing_shard_is_not_blamed_on_the_target(tmp_path, embeddings, format, shard_size):
+    embeddings.save(tmp_path / "folder", shard_size=4)
+    mapped = SparseEmbeddings.open(tmp_path / "folder")
+    (tmp_path / "folder" / "shard-00001.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"shard-00001\.safetensors is missing"):
+        export_embeddings(mapped, tmp_path / "out", format, TOKENS, shard_size=shard_size)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
+
+
 def test_target_below_a_file(tmp_path, embeddings):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="cannot write"):
