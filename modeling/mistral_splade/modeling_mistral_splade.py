@@ -1,16 +1,18 @@
 """Mistral-SPLADE: text in, one non-negative sparse vector over the vocabulary out.
 
-The backbone is transformers' Mistral, unchanged, with its weight names. The retrieval head pools log(1 + relu(logits)) over
-the marked positions (SPLADE-max, arXiv 2109.10086 formula 4; on a causal model that reads the text twice, arXiv 2408.11119).
+The backbone is transformers' Mistral, unchanged, with its weight names. The retrieval head pools log(1 +
+relu(logits)) over the marked positions (SPLADE-max, arXiv 2109.10086 formula 4; on a causal model that reads the text
+twice, arXiv 2408.11119).
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-
 from transformers import MistralModel, MistralPreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, MaskedLMOutput
 from transformers.processing_utils import Unpack
@@ -42,6 +44,13 @@ class MistralSpladePreTrainedModel(MistralPreTrainedModel):
     config: MistralSpladeConfig
     base_model_prefix = "model"
 
+    def __init__(self, config: MistralSpladeConfig, *args, **kwargs):
+        # Fields that from_pretrained overrides are assigned one by one, without the checks across fields.
+        config.validate()
+        # transformers' mask functions read this flag of the configuration: False removes the causal mask.
+        config.is_causal = config.attention_mode != "bidirectional"
+        super().__init__(config, *args, **kwargs)
+
 
 class MistralSpladeModel(MistralSpladePreTrainedModel, MistralModel):
     """The backbone: Mistral, causal or, with `attention_mode="bidirectional"`, without the causal mask."""
@@ -57,7 +66,8 @@ class MistralSpladeModel(MistralSpladePreTrainedModel, MistralModel):
 
 
 class MistralSpladeForMaskedLM(MistralSpladePreTrainedModel):
-    """Backbone and vocabulary head with all logits: what sentence-transformers' `SparseEncoder` builds its pooling on."""
+    """Backbone and vocabulary head with all logits: what sentence-transformers' `SparseEncoder` builds its pooling
+    on."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -86,8 +96,8 @@ class MistralSpladeForMaskedLM(MistralSpladePreTrainedModel):
             labels: (batch, length), token ids to predict at their own positions, -100 where ignored.
 
         Returns:
-            logits (batch, length, vocab_size), already multiplied by `config.logit_scale`, so that any SPLADE pooling on top
-            of them equals this family's own.
+            logits (batch, length, vocab_size), already multiplied by `config.logit_scale`, so that any SPLADE pooling
+            on top of them equals this family's own.
         """
         outputs = _encode(self.model, input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
         logits = self.lm_head(outputs.last_hidden_state) * self.config.logit_scale
@@ -97,6 +107,16 @@ class MistralSpladeForMaskedLM(MistralSpladePreTrainedModel):
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
+        """As in transformers. `SparseEncoder` opens the folder with its own fill-mask and SPLADE pooling modules where
+        these compute this configuration's vectors, else with this family's module, as for the retrieval class."""
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        config = self.config
+        plain = config.attention_mode in ("plain", "bidirectional") and not config.logit_shift
+        splade_max = config.pooling == "max" and config.activation == "log1p_relu" and not config.excluded_token_ids
+        if is_main_process and not (plain and splade_max):
+            _write_sparse_encoder_files(save_directory)
 
 
 class MistralSpladeForRetrieval(MistralSpladePreTrainedModel):
@@ -126,11 +146,12 @@ class MistralSpladeForRetrieval(MistralSpladePreTrainedModel):
         """
         Args:
             input_ids, attention_mask: (batch, length); padding on either side.
-            pool_mask: (batch, length), 1 where the logits are pooled, as the processor returns it. Without it all positions of
-                `attention_mask` are pooled, which is right for the modes that read the text once.
+            pool_mask: (batch, length), 1 where the logits are pooled, as the processor returns it. Without it all
+                positions of `attention_mask` are pooled, which is right for the modes that read the text once.
 
         Returns:
-            `MistralSpladeOutput` with `sparse_embedding` (batch, vocab_size) float32. Rows with nothing to pool are zero.
+            `MistralSpladeOutput` with `sparse_embedding` (batch, vocab_size) float32. Rows with nothing to pool are
+            zero.
         """
         outputs = _encode(self.model, input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
         hidden_states = outputs.last_hidden_state
@@ -155,16 +176,29 @@ class MistralSpladeForRetrieval(MistralSpladePreTrainedModel):
         if pool_mask is None:
             if self.config.attention_mode in ("echo", "repeat") and not torch.compiler.is_compiling():
                 logger.warning_once(
-                    f"attention_mode={self.config.attention_mode!r} pools the second copy of the text, but no pool_mask was "
-                    "given: all positions are pooled. Use the inputs that the processor returns."
+                    f"attention_mode={self.config.attention_mode!r} pools the second copy of the text, but no "
+                    "pool_mask was given: all positions are pooled. Use the inputs that the processor returns."
                 )
             pool_mask = (
                 attention_mask if attention_mask is not None else hidden_states.new_ones(hidden_states.shape[:2])
             )
-        pool_mask = pool_mask.to(hidden_states.device)
+        pool_mask = pool_mask.to(hidden_states.device) != 0
+        if pool_mask.shape != hidden_states.shape[:2]:
+            raise ValueError(
+                f"expected a pool_mask of shape (batch, length) = {tuple(hidden_states.shape[:2])}; "
+                f"found {tuple(pool_mask.shape)}"
+            )
         if self.config.logit_shift:  # position i is pooled where token i + 1 is marked: its logits predict that token
             pool_mask = torch.cat([pool_mask[:, 1:], torch.zeros_like(pool_mask[:, :1])], dim=1)
+            if attention_mask is not None:  # left padding before a marked first token predicts nothing
+                pool_mask = pool_mask & (attention_mask.to(pool_mask.device) != 0)
         return pool_mask
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
+        """As in transformers; also writes the files by which sentence-transformers opens the folder."""
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process:
+            _write_sparse_encoder_files(save_directory)
 
     def encode_queries(
         self,
@@ -205,7 +239,8 @@ class MistralSpladeForRetrieval(MistralSpladePreTrainedModel):
         output: str = "scipy",
         show_progress_bar: bool = False,
     ):
-        """Sparse vectors of documents; arguments and result as `encode_queries`, `top_k` from `config.top_k_document`."""
+        """Sparse vectors of documents; arguments and result as `encode_queries`, `top_k` from
+        `config.top_k_document`."""
         top_k = top_k if top_k is not None else self.config.top_k_document
         return self._encode_texts("document", texts, processor, {}, batch_size, top_k, output, show_progress_bar)
 
@@ -264,8 +299,8 @@ class MistralSpladeForRetrieval(MistralSpladePreTrainedModel):
         window = self.config.sliding_window
         if window is not None and length > window and self.config.attention_mode in ("echo", "repeat"):
             logger.warning_once(
-                f"the input has {length} tokens, more than the sliding window of {window}: the second copy of the text no "
-                "longer sees all of the first"
+                f"the input has {length} tokens, more than the sliding window of {window}: the second copy of the text "
+                "no longer sees all of the first"
             )
 
     @staticmethod
@@ -281,7 +316,8 @@ class MistralSpladeForRetrieval(MistralSpladePreTrainedModel):
         """
         if queries.shape[-1] != documents.shape[-1]:
             raise ValueError(
-                f"queries have {queries.shape[-1]} dimensions and documents {documents.shape[-1]}; expected the same vocabulary"
+                f"queries have {queries.shape[-1]} dimensions and documents {documents.shape[-1]}; "
+                "expected the same vocabulary"
             )
         if not isinstance(queries, torch.Tensor):
             return (queries @ documents.T).toarray()
@@ -299,14 +335,14 @@ class MistralSpladeForRetrieval(MistralSpladePreTrainedModel):
         """The heaviest terms of a text or of one encoded row.
 
         Args:
-            text_or_embedding: a text (encoded as `kind`, "query" or "document"), or one row: scipy (1, vocab_size), or a tensor
-                (vocab_size,) or (1, vocab_size), sparse or dense.
+            text_or_embedding: a text (encoded as `kind`, "query" or "document"), or one row: scipy (1, vocab_size),
+                or a tensor (vocab_size,) or (1, vocab_size), sparse or dense.
             processor: defaults to the one stored beside the checkpoint.
             top_k: number of terms; None gives all.
 
         Returns:
-            [(token, weight)], heaviest first; fewer than `top_k` where fewer are active. Vocabulary entries that the tokenizer
-            does not know are named "<id N>".
+            [(token, weight)], heaviest first; fewer than `top_k` where fewer are active. Vocabulary entries that the
+            tokenizer does not know are named "<id N>".
         """
         if kind not in ("query", "document"):
             raise ValueError(f"kind must be 'query' or 'document'; found {kind!r}")
@@ -328,6 +364,14 @@ def _encode(model, input_ids, attention_mask, position_ids, inputs_embeds, **kwa
         inputs_embeds=inputs_embeds,
         **{**kwargs, "use_cache": False},
     )
+
+
+def _write_sparse_encoder_files(folder) -> None:
+    # Imported here for speed; by this line transformers also copies that file into every checkpoint.
+    from .sentence_transformers_mistral_splade import MODULES, SPARSE_ENCODER_CONFIG
+
+    for name, content in (("modules", MODULES), ("config_sentence_transformers", SPARSE_ENCODER_CONFIG)):
+        (Path(folder) / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _stored_processor(config: MistralSpladeConfig) -> MistralSpladeProcessor:

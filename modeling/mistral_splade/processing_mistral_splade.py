@@ -3,8 +3,8 @@
 The grammar (github.com/jakespringer/echo-embeddings, `EchoParser`): a template is a sequence of pieces. `{...}` is a
 piece whose tokens are pooled, `{!...}` one whose tokens are read but not pooled, text outside braces is literal and
 not pooled; inside braces `%%name%%` is replaced by a value. Every piece is tokenized by itself, without special
-tokens beyond those written in it, and cut to the maximum length by itself: both copies of a long text stay whole
-copies, and `{</s>}` is never cut off.
+tokens beyond those written in the template, and cut to the maximum length by itself: both copies of a long text stay
+whole copies, and `{</s>}` is never cut off.
 """
 
 import re
@@ -70,8 +70,8 @@ class MistralSpladeProcessor(ProcessorMixin):
         if pad_between_copies and attention_mode != "repeat":
             raise ValueError(f"pad_between_copies needs attention_mode='repeat'; found {attention_mode!r}")
         for field, value in (("max_query_length", max_query_length), ("max_document_length", max_document_length)):
-            if value < 1:
-                raise ValueError(f"{field} must be at least 1; found {value}")
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{field} must be a whole number of at least 1; found {value!r}")
         super().__init__(tokenizer, chat_template=chat_template)
         default_query, default_document = _DEFAULT_TEMPLATES[attention_mode]
         self.attention_mode = attention_mode
@@ -85,10 +85,16 @@ class MistralSpladeProcessor(ProcessorMixin):
             self._check_template(kind)
 
     def __call__(self, text: str | Sequence[str], kind: str = "document", **kwargs) -> BatchEncoding:
-        """`process_queries` or `process_documents`, by `kind`."""
-        if kind == "query":
-            return self.process_queries(text, **kwargs)
-        return self.process_documents(text, **kwargs)
+        """`process_queries` or `process_documents`, by `kind`.
+
+        Generic callers (sentence-transformers' fill-mask module, pipelines) also send transformers' grouped options,
+        such as `text_kwargs={"padding": True, "truncation": …}`; the template and its lengths decide these here.
+        """
+        process = {"query": self.process_queries, "document": self.process_documents}.get(kind)
+        if process is None:
+            raise ValueError(f"kind must be 'query' or 'document'; found {kind!r}")
+        own = {name: value for name, value in kwargs.items() if not name.endswith("_kwargs")}
+        return process(text, **own)
 
     def process_queries(
         self, texts: str | Sequence[str], prompt: str | None = None, padding_side: str = "right"
@@ -117,8 +123,10 @@ class MistralSpladeProcessor(ProcessorMixin):
         if not items:
             raise ValueError("expected at least one text; found none")
         pieces = [self._fill_template(kind, values) for kind, values in items]
-        token_ids = self._tokenize({text for row in pieces for text, _, _ in row})
-        rows = [[(token_ids[text][:limit], pooled) for text, pooled, limit in row] for row in pieces]
+        token_ids = self._tokenize({(text, verbatim) for row in pieces for text, verbatim, _, _ in row})
+        rows = [
+            [(token_ids[text, verbatim][:limit], pooled) for text, verbatim, pooled, limit in row] for row in pieces
+        ]
         if self.pad_between_copies:
             return self._pad_each_copy(rows)
         ids = [[token for tokens, _ in row for token in tokens] for row in rows]
@@ -151,6 +159,8 @@ class MistralSpladeProcessor(ProcessorMixin):
 
     def _check_template(self, kind: str) -> None:
         template, _ = self._template(kind)
+        if not isinstance(template, str):
+            raise ValueError(f"the {kind} template must be a string; found {template!r}")
         outside = _PIECE.sub("", template)
         if "{" in outside or "}" in outside:
             raise ValueError(f"the {kind} template has an unmatched brace or an empty piece: {template!r}")
@@ -163,31 +173,45 @@ class MistralSpladeProcessor(ProcessorMixin):
                 f"in {template!r}"
             )
 
-    def _fill_template(self, kind: str, values: Mapping[str, str]) -> list[tuple[str, bool, int]]:
-        """Pieces in order: (text, pooled, maximum number of tokens)."""
+    def _fill_template(self, kind: str, values: Mapping[str, str]) -> list[tuple[str, bool, bool, int]]:
+        """Pieces in order: (text, read special tokens as plain characters, pooled, maximum number of tokens)."""
         template, limit = self._template(kind)
         values = {"prompt": self.prompt, **values}
+        if "text" not in values:
+            raise ValueError(f"a {kind} needs a value for 'text'; found {', '.join(sorted(values))}")
         for name, value in values.items():
             if not isinstance(value, str):
                 raise TypeError(f"the {name} of a {kind} must be a string; found {type(value).__name__}")
         pieces, end = [], 0
         for match in _PIECE.finditer(template):
-            pieces.append((template[end : match.start()], False, limit))
+            pieces.append((template[end : match.start()], False, False, limit))
             inner = match.group()[1:-1]
             pooled = not inner.startswith("!")
+            # A text is data: "</s>" in it is four characters. Special tokens that the template puts beside it stay.
+            verbatim = "%%text%%" in inner and not any(token in inner for token in self.tokenizer.all_special_tokens)
             # One pass, so that a text that itself contains "%%prompt%%" stays as it is.
             filled = _VARIABLE.sub(lambda variable: values[variable.group(1)], inner if pooled else inner[1:])
-            pieces.append((filled, pooled, limit))
+            pieces.append((filled, verbatim, pooled, limit))
             end = match.end()
-        pieces.append((template[end:], False, limit))
+        pieces.append((template[end:], False, False, limit))
         return [piece for piece in pieces if piece[0]]
 
-    def _tokenize(self, texts: set[str]) -> dict[str, list[int]]:
-        unique = sorted(texts)
-        encoded = self.tokenizer(
-            unique, add_special_tokens=False, return_attention_mask=False, truncation=False, verbose=False
-        )
-        return dict(zip(unique, encoded["input_ids"]))
+    def _tokenize(self, pieces: set[tuple[str, bool]]) -> dict[tuple[str, bool], list[int]]:
+        """Ids of pieces (text, read special tokens as plain characters)."""
+        token_ids: dict[tuple[str, bool], list[int]] = {}
+        for verbatim in (False, True):
+            texts = sorted(text for text, plain in pieces if plain == verbatim)
+            if texts:
+                encoded = self.tokenizer(
+                    texts,
+                    add_special_tokens=False,
+                    split_special_tokens=verbatim,
+                    return_attention_mask=False,
+                    truncation=False,
+                    verbose=False,
+                )
+                token_ids.update(zip([(text, verbatim) for text in texts], encoded["input_ids"]))
+        return token_ids
 
     def _pad(self, ids: list[list[int]], pooled: list[list[int]], padding_side: str) -> dict[str, torch.Tensor]:
         length = max(1, *(len(row) for row in ids))
