@@ -170,6 +170,7 @@ def is_editable(name):
 sys.meta_path[:] = [finder for finder in sys.meta_path if not is_editable(getattr(finder, "__module__", ""))]
 for name in filter(is_editable, list(sys.modules)):
     del sys.modules[name]
+sys.path.insert(0, {str(target)!r})
 site.addsitedir({str(target)!r})
 """
     code = setup + _USE
