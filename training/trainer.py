@@ -1,0 +1,207 @@
+"""Hugging Face `Trainer` for sparse retrievers."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+from rarezoo.training.chunked_encoding import encode_in_chunks
+from rarezoo.training.objective import SparseObjective
+
+logger = logging.get_logger(__name__)
+
+_Result = TypeVar("_Result")
+
+
+class CollapseCallback(TrainerCallback):
+    """Notices when the representations of one side have become empty, which a ReLU does not recover from.
+
+    Looks at the logged `query_active_dimensions` and `document_active_dimensions`; warns once.
+
+    Args:
+        minimum_active_dimensions: below this mean number the side counts as collapsed.
+        stop: also end the training.
+    """
+
+    def __init__(self, minimum_active_dimensions: float = 1.0, stop: bool = False):
+        self.minimum_active_dimensions = minimum_active_dimensions
+        self.stop = stop
+        self.warned = False
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        for side in ("query", "document"):
+            active = (logs or {}).get(f"{side}_active_dimensions")
+            if active is None or active >= self.minimum_active_dimensions:
+                continue
+            if not self.warned and state.is_world_process_zero:
+                logger.warning(
+                    f"Step {state.global_step}: the {side} representations have collapsed "
+                    f"({active:.2f} active dimensions on average). A dimension whose logit is negative for every text "
+                    f"gets no gradient, so this does not heal by itself. Start again with a smaller "
+                    f"{side}_regularizer_weight, a longer regularizer_warmup_steps or a smaller learning rate; a "
+                    "language model that was never trained for retrieval first needs rarezoo.training.stabilize()."
+                )
+            self.warned = True
+            control.should_training_stop = control.should_training_stop or self.stop
+
+
+class SparseRetrievalTrainer(Trainer):
+    """Trains `model(**inputs).sparse_embedding` with a `SparseObjective`.
+
+    Works on the batches of `RetrievalCollator`. Logs, averaged since the last log and over processes: the ranking loss,
+    and for each side the regulariser, its lambda, the FLOPS value and the mean number of active dimensions.
+
+    Args:
+        model: the retriever, or a PEFT model around one.
+        args: HF training arguments. One optimiser step always uses one batch: with `gradient_accumulation_steps=k` the
+            k batches are joined to one of k times the size and encoded `per_device_train_batch_size` rows at a time,
+            because FLOPS and in-batch negatives of parts are not those of the whole.
+        objective: losses and regularisers; default `SparseObjective()`.
+        mini_batch_size: texts encoded at a time; activations are recomputed in the backward pass (see
+            `encode_in_chunks`). None keeps the activations of the whole batch in memory.
+        stop_on_collapse: end the training when the representations collapse, instead of only warning.
+        data_collator, train_dataset, eval_dataset, processing_class, callbacks, and others: as for `Trainer`.
+            `processing_class` is the retriever's processor, saved with every checkpoint.
+
+    Under `accelerate launch` each process draws its negatives from its own part of the batch, and FLOPS is that of the
+    process' part.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        objective: SparseObjective | None = None,
+        mini_batch_size: int | None = None,
+        stop_on_collapse: bool = False,
+        callbacks: Sequence[TrainerCallback] = (),
+        **kwargs: Any,
+    ):
+        args = copy.copy(args)
+        # The collator needs columns that are no arguments of the model's forward.
+        args.remove_unused_columns = False
+        if args.gradient_accumulation_steps > 1:
+            mini_batch_size = mini_batch_size or args.per_device_train_batch_size
+            args.per_device_train_batch_size *= args.gradient_accumulation_steps
+            args.gradient_accumulation_steps = 1
+        if mini_batch_size is not None and mini_batch_size < 1:
+            raise ValueError(f"mini_batch_size must be at least 1, found {mini_batch_size}")
+        self.objective = objective or SparseObjective()
+        self.mini_batch_size = mini_batch_size
+        self._metrics: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
+        super().__init__(
+            model=model, args=args, callbacks=[CollapseCallback(stop=stop_on_collapse), *callbacks], **kwargs
+        )
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Loss of one batch of `RetrievalCollator`; outputs are the representations of both sides."""
+        retriever = self.accelerator.unwrap_model(model)
+
+        def encode(texts: dict[str, Tensor]) -> Tensor:
+            return retriever(**texts).sparse_embedding
+
+        def encode_batch() -> dict[str, Tensor]:
+            return {
+                side: encode_in_chunks(encode, inputs[side], self.mini_batch_size) for side in ("queries", "documents")
+            }
+
+        outputs = call_through(model, encode_batch)
+        training = model.training
+        loss, metrics = self.objective(
+            outputs["queries"],
+            outputs["documents"],
+            # Evaluation uses the final weights, so that its losses compare between steps.
+            step=self.state.global_step if training else self.state.max_steps,
+            max_steps=self.state.max_steps,
+            teacher_scores=inputs.get("teacher_scores"),
+            teacher_margins=inputs.get("teacher_margins"),
+        )
+        for name, value in metrics.items():
+            self._metrics["train" if training else "eval"][name].append(value)
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss became {loss.item()} at step {self.state.global_step + 1}. Continue from the last "
+                "checkpoint with a lower learning rate or max_grad_norm, in bf16 or float32 instead of fp16"
+            )
+        return loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, None, None]:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        return loss.detach(), None, None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "eval" if any(name.startswith("eval_") for name in logs) else "train"
+        metrics = self._metrics[mode]
+        if metrics:
+            means = torch.stack([torch.stack(values).mean() for values in metrics.values()])
+            means = self.accelerator.reduce(means, reduction="mean").tolist()
+            prefix = "eval_" if mode == "eval" else ""
+            logs = {**logs, **{f"{prefix}{name}": mean for name, mean in zip(metrics, means)}}
+            metrics.clear()
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return sum(super(SparseRetrievalTrainer, self).floating_point_ops(inputs[s]) for s in ("queries", "documents"))
+
+
+def call_through(wrapper: nn.Module, function: Callable[[], _Result]) -> _Result:
+    """Call a function that uses the module inside a `DistributedDataParallel` wrapper as if it were the forward pass.
+
+    The wrapper averages gradients over processes only for what happens inside its own forward pass, and wants one such
+    pass per backward pass, whereas a batch is encoded in many calls, some of them repeated during the backward pass.
+    """
+    if not isinstance(wrapper, DistributedDataParallel):
+        return function()
+    module = wrapper.module
+    own_forward = vars(module).get("forward")  # accelerate hangs its autocast there
+
+    def restore() -> None:
+        vars(module).pop("forward", None)
+        if own_forward is not None:
+            module.forward = own_forward
+
+    def run_function() -> _Result:
+        restore()
+        return function()
+
+    module.forward = run_function
+    try:
+        return wrapper()
+    finally:
+        restore()
