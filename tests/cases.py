@@ -1,0 +1,159 @@
+"""One row per family, by which the common tests know how to build it, feed it and read its answer.
+
+`rarezoo.auto.FAMILIES` says what exists, this table how to test it: a family without a row fails
+`test_common_checkpoints.py::test_every_family_has_a_case`.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from rarezoo.auto import FAMILIES
+
+FIXTURES = Path(__file__).parent / "fixtures"
+DEVICE = os.environ.get("RAREZOO_TEST_DEVICE", "cpu")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the common tests need to know about a family.
+
+    Attributes:
+        family: name in `FAMILIES`.
+        config: fields of a tiny configuration with weights large enough that outputs differ visibly.
+        heads: AutoClass -> name of the class that it must give.
+        inputs: `inputs(auto_class, rows, padding_side)` -> keyword arguments of `forward` for rows of token ids.
+        answers: AutoClass -> function of (outputs, inputs) that gives the tensor to compare, without padding: its rows
+            are the rows of the batch in order, so that the answers of single rows concatenate to that of the batch.
+        make_processor: builds the family's processor.
+        variants: further configuration fields under which attention must be right.
+        quantization_config: fields that give the widths which 4-bit layers need (multiples of 64).
+        faulty_configs: configuration fields that must be refused, with a pattern of the message.
+    """
+
+    family: str
+    config: dict[str, Any]
+    heads: dict[str, str]
+    inputs: Callable[[str, list[torch.Tensor], str], dict[str, torch.Tensor]]
+    answers: dict[str, Callable[[Any, dict[str, torch.Tensor]], torch.Tensor]]
+    make_processor: Callable[[], Any]
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    quantization_config: dict[str, Any] = field(default_factory=dict)
+    faulty_configs: tuple[tuple[dict[str, Any], str], ...] = ()
+
+    def make_config(self, **overrides):
+        return FAMILIES[self.family].config_class()(**{**self.config, **overrides})
+
+    def build(self, auto_class: str = "AutoModel", attention: str = "sdpa", **overrides):
+        """A model with reproducible random weights, in eval mode."""
+        torch.manual_seed(0)
+        config = self.make_config(**overrides)
+        return auto(auto_class).from_config(config, attn_implementation=attention).to(DEVICE).eval()
+
+    def rows(self, lengths: tuple[int, ...] = (9, 5, 2)) -> list[torch.Tensor]:
+        """Random token ids, the same on every call; never a special token."""
+        generator = torch.Generator().manual_seed(1)
+        return [torch.randint(3, self.config["vocab_size"], (length,), generator=generator) for length in lengths]
+
+    def batch(self, auto_class: str, rows: list[torch.Tensor] | None = None, padding_side: str = "right"):
+        inputs = self.inputs(auto_class, self.rows() if rows is None else rows, padding_side)
+        return {name: tensor.to(DEVICE) for name, tensor in inputs.items()}
+
+    def answer(self, model, auto_class: str, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.answers[auto_class](model(**inputs), inputs)
+
+
+def auto(auto_class: str):
+    return getattr(transformers, auto_class)
+
+
+def pad(rows: list[torch.Tensor], padding_side: str) -> torch.Tensor:
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side=padding_side)
+
+
+def second_half_pooled(auto_class: str, rows: list[torch.Tensor], padding_side: str) -> dict[str, torch.Tensor]:
+    """Token ids and masks; the retriever pools the second half of every row, as after an echo."""
+    inputs = {
+        "input_ids": pad(rows, padding_side),
+        "attention_mask": pad([torch.ones_like(row) for row in rows], padding_side),
+    }
+    if auto_class == "AutoModel":
+        halves = [(torch.arange(len(row)) >= len(row) // 2).long() for row in rows]
+        inputs["pool_mask"] = pad(halves, padding_side)
+    return inputs
+
+
+def mistral_splade_processor():
+    from rarezoo import MistralSpladeProcessor
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(FIXTURES / "mistral_splade")
+    return MistralSpladeProcessor(tokenizer, prompt="Find it", max_query_length=20)
+
+
+CASES = {
+    case.family: case
+    for case in (
+        Case(
+            family="mistral_splade",
+            config=dict(
+                vocab_size=160,
+                hidden_size=32,
+                intermediate_size=37,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=12,
+                max_position_embeddings=128,
+                sliding_window=None,
+                pad_token_id=0,
+                initializer_range=0.2,
+            ),
+            heads={"AutoModel": "MistralSpladeForRetrieval", "AutoModelForMaskedLM": "MistralSpladeForMaskedLM"},
+            inputs=second_half_pooled,
+            answers={
+                "AutoModel": lambda outputs, inputs: outputs.sparse_embedding,
+                "AutoModelForMaskedLM": lambda outputs, inputs: outputs.logits[inputs["attention_mask"].bool()],
+            },
+            make_processor=mistral_splade_processor,
+            variants={
+                "echo": dict(attention_mode="echo"),
+                "bidirectional": dict(attention_mode="bidirectional"),
+                "sliding_window": dict(attention_mode="echo", sliding_window=3),
+                "bidirectional_sliding_window": dict(attention_mode="bidirectional", sliding_window=3),
+                "sum_shifted": dict(attention_mode="echo", pooling="sum", logit_shift=1),
+                "last": dict(attention_mode="plain", pooling="last", activation="log1p_log1p_relu", logit_scale=0.4),
+            },
+            quantization_config=dict(hidden_size=64, intermediate_size=128, head_dim=16),
+            faulty_configs=(
+                (dict(pooling=3), "'pooling' expected str, got int"),
+                (dict(hidden_size="32"), "'hidden_size' expected int, got str"),
+                (dict(logit_shift=True), "'logit_shift' expected int, got bool"),
+                (dict(excluded_token_ids=["the"]), "excluded_token_ids"),
+                (dict(attention_mode="both"), "attention_mode must be one of echo, plain, bidirectional, repeat"),
+                (dict(pooling="median"), "pooling must be one of max, sum, mean, last; found 'median'"),
+                (dict(activation="relu"), "activation must be one of log1p_relu, log1p_log1p_relu; found 'relu'"),
+                (dict(logit_shift=2), "logit_shift must be one of 0, 1; found 2"),
+                (dict(logit_scale=0.0), "logit_scale must be a positive number; found 0"),
+                (dict(logit_scale=float("nan")), "logit_scale must be a positive number; found nan"),
+                (dict(logit_scale=float("inf")), "logit_scale must be a positive number; found inf"),
+                (dict(head_chunk_size=0), "head_chunk_size must be at least 1; found 0"),
+                (dict(top_k_query=0), "top_k_query must be at least 1; found 0"),
+                (dict(num_key_value_heads=3), r"num_attention_heads \(4\) must be a multiple .* \(3\)"),
+                (dict(excluded_token_ids=[3, 160]), r"excluded_token_ids must lie in 0\.\.159; found \[160\]"),
+            ),
+        ),
+    )
+}
+
+HEADS = [(family, auto_class) for family, case in CASES.items() for auto_class in case.heads]
+VARIANTS = [
+    (family, auto_class, variant)
+    for family, case in CASES.items()
+    for auto_class in case.heads
+    for variant in case.variants
+]
