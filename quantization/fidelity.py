@@ -258,13 +258,13 @@ def measure_fidelity(
 
 def render_markdown(report: Mapping[str, Any]) -> str:
     """The report as a page for people."""
-    lines = [
-        f"# {report['scheme']}: what quantization changed",
-        "",
-        f"{report['summary']} {report['quantized_modules']} modules quantized by {report['library']}, the rest in "
-        f"{report['compute_dtype']}. Kept as they were: {', '.join(report['full_precision_modules'])}.",
-        "",
-    ]
+    lines = [f"# {report['scheme']}: what quantization changed", "", report["summary"]]
+    if report["quantized_modules"]:
+        lines.append(
+            f"{report['quantized_modules']} modules quantized by {report['library']}, the rest in "
+            f"{report['compute_dtype']}. Not quantized: {', '.join(report['full_precision_modules'])}."
+        )
+    lines.append("")
     if "outputs" not in report:
         return "\n".join(lines)
     files, memory, times = report["file_bytes"], report["resident_bytes"], report["encode_milliseconds"]

@@ -36,7 +36,8 @@ def restore_four_bit_layout(model: nn.Module) -> int:
     for module in model.modules():
         if not _quant_state(module, "packing_format_for_cpu"):
             continue
-        state = module.weight.quant_state
+        weight: Any = module.weight
+        state = weight.quant_state
         # Else the library quantizes the scales a second time while unpacking, with another rounding.
         state.original_nested = False
         # The library unpacks a layer whenever it is asked for its state.
@@ -45,7 +46,7 @@ def restore_four_bit_layout(model: nn.Module) -> int:
             state.absmax = state.absmax.T.contiguous().reshape(-1)
         state.absmax = state.absmax.float()
         state.offset = None
-        module.weight.compress_statistics = False
+        weight.compress_statistics = False
         restored += 1
     return restored
 
@@ -79,7 +80,7 @@ def write_model(model: Any, folder: Path) -> None:
 
 def _declare_double_quantization(model: Any) -> None:
     """Say in the saved configuration what the layers hold now."""
-    config = getattr(model.config, "quantization_config", None)
+    config: Any = getattr(model.config, "quantization_config", None)
     if getattr(config, "bnb_4bit_use_double_quant", False):
         config.bnb_4bit_use_double_quant = any(_quant_state(module, "nested") for module in model.modules())
 

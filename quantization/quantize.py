@@ -151,7 +151,7 @@ def _write_quantized(
         "bits_per_weight": scheme.bits_per_weight,
         "compute_dtype": str(dtype).removeprefix("torch."),
         "quantized_modules": len(quantized),
-        "full_precision_modules": ["embeddings", *untouched],
+        "full_precision_modules": ["embeddings", *untouched] if quantized else [],
         "versions": _versions(scheme.library),
     }
 
@@ -185,7 +185,8 @@ def _unsuitable_modules(auto_class: Any, source: Path, scheme: Scheme) -> list[s
 
 def _split_linear_layers(model: nn.Module) -> tuple[list[str], list[str]]:
     """Names of the quantized linear layers and of the others."""
-    quantized, untouched = [], []
+    quantized: list[str] = []
+    untouched: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             plain = type(module) is nn.Linear and type(module.weight.data) is torch.Tensor

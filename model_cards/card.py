@@ -1,0 +1,229 @@
+"""A model card from what a checkpoint folder says of itself.
+
+Nothing in a card is invented: sizes come from the weight files' headers, fields from `config.json` and
+`processor_config.json`, the recipe from `training_recipe.json`, figures from `evaluation.json` and
+`quantization_report.json`. What a folder does not have leaves no section behind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rarezoo.auto import FAMILIES, Family
+from rarezoo.configs import list_presets, read_preset
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+# Metadata of an existing README.md that only its author can know.
+AUTHORED_FIELDS = ("license", "license_name", "license_link", "base_model", "language", "datasets")
+# (task type, name) of the Hub's model index, by what a family produces.
+TASKS = {"sparse": ("sparse-information-retrieval", "Sparse Information Retrieval")}
+TAGS = {"sparse": ("sparse-encoder", "sparse", "splade", "retrieval")}
+PIPELINES = {"sparse": "feature-extraction"}
+
+
+def build_card(
+    folder: str | os.PathLike[str],
+    repo_id: str | None = None,
+    *,
+    license: str | None = None,
+    base_model: str | None = None,
+    language: str | None = None,
+) -> ModelCard:
+    """The card of a checkpoint folder, as huggingface_hub's `ModelCard`.
+
+    Args:
+        folder: checkpoint of one of the families. `evaluation.json`, when present, is one object or a list of
+            objects {"dataset": str, "split": str, "metrics": {name: number}}.
+        repo_id: what the usage examples load; the folder's name when None.
+        license, base_model, language: metadata that no file states; None keeps what the folder's README.md says.
+
+    Raises:
+        FileNotFoundError: `folder` is not a checkpoint.
+        ValueError: unknown family, or a malformed evaluation file.
+    """
+    from huggingface_hub import ModelCard
+
+    folder = Path(folder)
+    family, config = _read_config(folder)
+    evaluations = _read_evaluations(folder)
+    authored = {**_authored_metadata(folder), **_given(license=license, base_model=base_model, language=language)}
+    name = repo_id or folder.resolve().name
+    data = _metadata(name, family, config, evaluations, authored, quantized="quantization_config" in config)
+    template = (resources.files("rarezoo.model_cards") / f"{family.name}.md").read_text(encoding="utf-8")
+    return ModelCard.from_template(
+        data,
+        template_str=template,
+        name=name.split("/")[-1],
+        repo_id=name,
+        family=family,
+        config=config,
+        processor=_read_json(folder, "processor_config.json") or {},
+        architecture=_architecture(family, config),
+        size=_size(folder, family),
+        recipe=_flatten(_read_json(folder, "training_recipe.json") or {}),
+        evaluations=evaluations,
+        quantization=_read_json(folder, "quantization_report.json"),
+        sentence_transformers=(folder / "modules.json").is_file(),
+        authored=authored,
+    )
+
+
+def write_card(folder: str | os.PathLike[str], repo_id: str | None = None, **metadata: str | None) -> Path:
+    """`build_card` into the folder's README.md, replacing it whole. Same arguments and errors."""
+    card = build_card(folder, repo_id, **metadata)
+    destination = Path(folder) / "README.md"
+    temporary = destination.with_name(".README.md.partial")
+    temporary.write_text(str(card), encoding="utf-8")
+    os.replace(temporary, destination)
+    return destination
+
+
+def _given(**values: str | None) -> dict[str, str]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _read_json(folder: Path, name: str) -> Any:
+    file = folder / name
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def _read_config(folder: Path) -> tuple[Family, dict[str, Any]]:
+    config = _read_json(folder, "config.json")
+    if config is None:
+        raise FileNotFoundError(f"{folder} is not a checkpoint folder: it has no config.json")
+    family = FAMILIES.get(config.get("model_type", ""))
+    if family is None:
+        raise ValueError(
+            f"{folder} holds a model of type {config.get('model_type')!r}; known families: {', '.join(FAMILIES)}"
+        )
+    return family, config
+
+
+def _read_evaluations(folder: Path) -> list[dict[str, Any]]:
+    content = _read_json(folder, "evaluation.json")
+    if content is None:
+        return []
+    evaluations = content if isinstance(content, list) else [content]
+    for entry in evaluations:
+        metrics = entry.get("metrics") if isinstance(entry, dict) else None
+        numbers = isinstance(metrics, dict) and all(isinstance(value, (int, float)) for value in metrics.values())
+        if not metrics or not numbers or not isinstance(entry.get("dataset"), str):
+            raise ValueError(
+                f"{folder / 'evaluation.json'}: expected {{'dataset': name, 'split': name, "
+                f"'metrics': {{name: number}}}} or a list of such objects; found {json.dumps(entry)[:200]}"
+            )
+    return evaluations
+
+
+def _authored_metadata(folder: Path) -> dict[str, Any]:
+    from huggingface_hub import ModelCard
+
+    readme = folder / "README.md"
+    if not readme.is_file():
+        return {}
+    known = ModelCard(readme.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
+    return {name: known[name] for name in AUTHORED_FIELDS if known.get(name)}
+
+
+def _metadata(
+    name: str,
+    family: Family,
+    config: Mapping[str, Any],
+    evaluations: list[dict[str, Any]],
+    authored: Mapping[str, Any],
+    quantized: bool,
+) -> ModelCardData:
+    from huggingface_hub import ModelCardData
+
+    relation: dict[str, Any] = {}
+    if quantized and "base_model" in authored:
+        relation["base_model_relation"] = "quantized"
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag=PIPELINES[family.representation],
+        tags=["custom_code", "rarezoo", family.name, *TAGS[family.representation]],
+        model_name=name.split("/")[-1],
+        eval_results=_evaluation_results(family, evaluations) or None,
+        **authored,
+        **relation,
+    )
+
+
+def _evaluation_results(family: Family, evaluations: list[dict[str, Any]]) -> list[EvalResult]:
+    from huggingface_hub import EvalResult
+
+    task_type, task_name = TASKS[family.representation]
+    return [
+        EvalResult(
+            task_type=task_type,
+            task_name=task_name,
+            dataset_type=re.sub(r"[^\w.-]+", "-", entry["dataset"]).strip("-").lower(),
+            dataset_name=entry["dataset"],
+            dataset_split=entry.get("split"),
+            metric_type=metric.lower(),
+            metric_name=metric,
+            metric_value=value,
+        )
+        for entry in evaluations
+        for metric, value in entry["metrics"].items()
+    ]
+
+
+def _architecture(family: Family, config: Mapping[str, Any]) -> str | None:
+    """Name of the preset whose shape the checkpoint has."""
+    for name in list_presets(family.name):
+        shape = {
+            key: value
+            for key, value in read_preset(family.name, name)["config"].items()
+            if key in ("vocab_size", "intermediate_size") or key.startswith(("hidden_size", "num_", "head_dim"))
+        }
+        if all(config.get(key) == value for key, value in shape.items()):
+            return name
+    return None
+
+
+def _size(folder: Path, family: Family) -> dict[str, Any]:
+    """Parameters of the architecture (counted on the meta device), bytes and tensor types of the weight files."""
+    import torch
+    from safetensors import safe_open
+
+    config = family.config_class().from_pretrained(folder)
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in family.model_class()(config).parameters())
+    files = sorted(folder.glob("model*.safetensors"))
+    stored: Counter[str] = Counter()
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():
+                view = tensors.get_slice(key)
+                count = 1
+                for length in view.get_shape():
+                    count *= length
+                stored[view.get_dtype()] += count
+    return {
+        "parameters": parameters,
+        "bytes": sum(file.stat().st_size for file in files),
+        "tensor_types": [name for name, _ in stored.most_common()],
+    }
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one table, without unset ones; absolute paths by their last name only."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, f"{prefix}{name}."))
+        elif isinstance(value, str) and os.path.isabs(value):
+            flat[f"{prefix}{name}"] = Path(value).name
+        elif value is not None and value != [] and value != "":
+            flat[f"{prefix}{name}"] = value
+    return flat

@@ -1,0 +1,242 @@
+"""Cards hold the checkpoint's own numbers, are valid metadata, and their code runs; a push uploads what a reader
+needs and nothing else."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from loopback_hub import USER, LoopbackHub, metadata_errors
+from safetensors import safe_open
+from transformers import AutoModel, AutoProcessor
+
+from rarezoo.model_cards import build_card, checkpoint_files, push, write_card
+
+EVALUATION = {"dataset": "Docstrings (test)", "split": "test", "metrics": {"nDCG@10": 0.61234, "R@100": 0.9}}
+RECIPE = {
+    "learning_rate": 0.002,
+    "loss": {"name": "info_nce", "temperature": 1.0},
+    "corpus": "/home/me/private/corpus.jsonl",
+    "lora": None,
+}
+
+
+@pytest.fixture
+def folder(splade_checkpoint, tmp_path):
+    return shutil.copytree(splade_checkpoint, tmp_path / "tiny-splade")
+
+
+def header(card):
+    return yaml.safe_load(str(card).split("---")[1])
+
+
+def test_numbers_are_the_checkpoint_s(folder):
+    (folder / "evaluation.json").write_text(json.dumps(EVALUATION))
+    (folder / "training_recipe.json").write_text(json.dumps(RECIPE))
+    card = build_card(folder, license="apache-2.0", language="en")
+    text = str(card)
+
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        parameters = sum(file.get_tensor(name).numel() for name in file.keys())
+    config = json.loads((folder / "config.json").read_text())
+    assert f"| parameters | {parameters:,} |" in text
+    assert f"{config['num_hidden_layers']} layers, hidden size {config['hidden_size']}" in text
+    assert f"| vector dimensions | {config['vocab_size']} (the vocabulary) |" in text
+    assert f"{(folder / 'model.safetensors').stat().st_size / 1e6:.1f} MB (F32)" in text
+    assert "| Docstrings (test) | test | nDCG@10 | 0.6123 |" in text
+    assert "| learning_rate | 0.002 |" in text and "| loss.temperature | 1.0 |" in text
+    assert "corpus.jsonl" in text and "/home/me" not in text
+    assert "lora" not in text
+    assert "arxiv.org/abs/2408.11119" in text
+    assert "Quantization" not in text
+    processor = json.loads((folder / "processor_config.json").read_text())
+    assert processor["query_template"].replace("\n", "\\n") in text
+    for unfilled in ("{{", "{%", "None", "Undefined"):
+        assert unfilled not in re.sub(r"```.*?```", "", text, flags=re.DOTALL), unfilled
+
+
+def test_metadata(folder):
+    (folder / "evaluation.json").write_text(json.dumps([EVALUATION]))
+    card = build_card(folder, f"{USER}/tiny", license="apache-2.0", base_model="mistralai/Mistral-7B-v0.1")
+    data = header(card)
+    assert data["library_name"] == "transformers"
+    assert data["license"] == "apache-2.0"
+    assert data["base_model"] == "mistralai/Mistral-7B-v0.1"
+    assert {"custom_code", "sparse-encoder", "splade", "mistral_splade"} <= set(data["tags"])
+    assert metadata_errors(str(card)) == []
+    results = ModelCard(str(card)).data.eval_results
+    assert [(r.dataset_name, r.dataset_split, r.metric_type, r.metric_value) for r in results] == [
+        ("Docstrings (test)", "test", "ndcg@10", 0.61234),
+        ("Docstrings (test)", "test", "r@100", 0.9),
+    ]
+    assert re.fullmatch(r"[a-z0-9._-]+", results[0].dataset_type)
+
+
+def test_sections_without_a_source_are_absent(folder):
+    text = str(build_card(folder))
+    for section in ("## Evaluation", "## Quantization", "## Training", "## License"):
+        assert section not in text
+    assert "model-index" not in header(text)
+    assert "license" not in header(text)
+
+
+def test_what_the_author_wrote_survives_a_rewrite(folder):
+    first = write_card(folder, license="mit", language="de", base_model="a/b").read_text()
+    assert write_card(folder).read_text() == first
+    assert header(write_card(folder, license="apache-2.0").read_text())["license"] == "apache-2.0"
+    assert header((folder / "README.md").read_text())["language"] == "de"
+    assert not list(folder.glob("*.partial"))
+
+
+def test_quantized_checkpoint(tmp_path, tokenizer):
+    pytest.importorskip("bitsandbytes")
+    from rarezoo.mistral_splade import MistralSpladeConfig, MistralSpladeForRetrieval, MistralSpladeProcessor
+    from rarezoo.quantization import quantize
+
+    torch.manual_seed(0)
+    config = MistralSpladeConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=32, vocab_size=160,
+    )  # fmt: skip
+    model = MistralSpladeForRetrieval(config)
+    model.save_pretrained(tmp_path / "full")
+    MistralSpladeProcessor(tokenizer).save_pretrained(tmp_path / "full")
+    report = quantize(tmp_path / "full", tmp_path / "nf4", "nf4", "bfloat16", fidelity=False)
+    report |= {
+        "outputs": {"texts": 32, "cosine_mean": 0.98765, "top_10_term_overlap": 0.75},
+        "file_bytes": {"full_precision": 4_000_000, "quantized": 1_000_000},
+        "resident_bytes": {"full_precision": 9_000_000, "quantized": 2_500_000},
+        "encode_milliseconds": {"full_precision": 20.0, "quantized": 10.0, "batch_size": 8},
+        "retrieval": {"nDCG@10": {"full_precision": 0.5, "quantized": 0.49}},
+    }
+    (tmp_path / "nf4" / "quantization_report.json").write_text(json.dumps(report))
+    card = build_card(tmp_path / "nf4", base_model=f"{USER}/full")
+    text = str(card)
+    assert f"| parameters | {sum(p.numel() for p in model.parameters()):,} |" in text, "not the packed bytes"
+    assert "7 modules are quantized by bitsandbytes" in text
+    assert "| weight files, MB | 4.0 | 1.0 |" in text
+    assert "| nDCG@10 | 0.5000 | 0.4900 |" in text
+    assert "Cosine to full precision 0.9877 on average over 32 texts; 75% of" in text
+    assert header(text)["base_model_relation"] == "quantized"
+    assert metadata_errors(text) == []
+
+
+def test_the_card_s_code_runs(folder, run_without_rarezoo):
+    blocks = re.findall(r"```python\n(.*?)```", str(build_card(folder, str(folder))), flags=re.DOTALL)
+    assert len(blocks) == 2, "transformers and sentence-transformers"
+    pytest.importorskip("sentence_transformers")
+    scores, explained, *rest = run_without_rarezoo("\n".join(blocks)).splitlines()
+
+    model = AutoModel.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
+    queries = model.encode_queries(["how do plants make food"], processor=processor)
+    assert scores.startswith("[[")
+    assert explained == str(model.explain(queries[0], processor=processor, top_k=10))
+    assert rest
+
+
+def test_clear_errors(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        build_card(tmp_path)
+    for wrong in ({"metrics": {"nDCG@10": 0.5}}, {"dataset": "x", "metrics": {"nDCG@10": "high"}}, {"dataset": "x"}, 3):
+        (folder / "evaluation.json").write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match=r"expected \{'dataset': name.*found"):
+            build_card(folder)
+    (folder / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match="type 'bert'; known families"):
+        build_card(folder)
+
+
+def add_private_files(folder):
+    (folder / "checkpoint-10").mkdir()
+    states = ["checkpoint-10/optimizer.pt", "checkpoint-10/model.safetensors", "scheduler.pt", "training_args.bin"]
+    for name in (*states, "trainer_state.json", ".env", "hub_token.txt", "id_rsa", "notes.py"):
+        (folder / name).write_text("secret")
+
+
+def test_only_the_files_of_a_checkpoint_are_uploaded(folder):
+    clean = set(checkpoint_files(folder))
+    assert clean == {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    add_private_files(folder)
+    (folder / "curve.png").write_bytes(b"png")
+    assert set(checkpoint_files(folder)) == clean
+    assert set(checkpoint_files(folder, ["*.png", "checkpoint-10/*.pt"])) - clean == {
+        "curve.png",
+        "checkpoint-10/optimizer.pt",
+    }
+
+
+def test_an_incomplete_folder_is_refused_before_anything_is_sent(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "processor_config.json").unlink()
+    (folder / "fused_vocabulary_pooling.py").unlink()
+    with pytest.raises(FileNotFoundError) as error:
+        push(folder, f"{USER}/never")
+    message = str(error.value)
+    assert "fused_vocabulary_pooling.py, model.safetensors, processor_config.json missing" in message
+    assert not (folder / "README.md").exists()
+
+
+def test_a_missing_shard_is_named(folder):
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(FileNotFoundError, match=r"model-00002-of-00002\.safetensors missing"):
+        push(folder, f"{USER}/never")
+
+
+def client(code, environment):
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=240)
+
+
+def test_push_to_a_hub_and_load_back(folder, tmp_path, run_without_rarezoo):
+    add_private_files(folder)
+    (folder / "evaluation.json").write_text(json.dumps(EVALUATION))
+    publish = f"""
+from huggingface_hub import ModelCard
+from rarezoo.model_cards import build_card, push
+build_card({str(folder)!r}, license="apache-2.0").validate()
+commit = push({str(folder)!r}, "{USER}/tiny-splade", revision="release", private=True, license="apache-2.0")
+print(commit.oid)
+try:
+    ModelCard("---\\nlicense: [mit]\\n---\\n").validate()
+except ValueError as error:
+    print("refused")
+"""
+    with LoopbackHub() as hub:
+        published = client(publish, hub.environment(tmp_path / "publisher"))
+        assert published.returncode == 0, published.stderr
+        commit, refused = published.stdout.split()
+        assert refused == "refused", "the server does look at metadata"
+        assert hub.repositories[f"{USER}/tiny-splade"].resolve("release").oid == commit
+        assert hub.repositories[f"{USER}/tiny-splade"].private
+        assert hub.files(f"{USER}/tiny-splade") == {".gitattributes"}, "main is untouched"
+        stored = hub.files(f"{USER}/tiny-splade", "release")
+        assert stored == {*checkpoint_files(folder), ".gitattributes"}
+        assert not any(b"secret" == content for content in hub.objects.values())
+        assert "hub_token.txt" in published.stderr, "what stays behind is said"
+        readme = hub.content(f"{USER}/tiny-splade", "README.md", "release").decode()
+        assert f'from_pretrained("{USER}/tiny-splade", trust_remote_code=True)' in readme
+
+        printed = run_without_rarezoo(
+            f"""
+            import json
+            from transformers import AutoModel, AutoProcessor
+            options = dict(revision="release", trust_remote_code=True)
+            model = AutoModel.from_pretrained("{USER}/tiny-splade", **options)
+            processor = AutoProcessor.from_pretrained("{USER}/tiny-splade", **options)
+            print(json.dumps(model.encode_queries(["the cat"], processor=processor, output="dense").tolist()))
+            """,
+            **hub.environment(tmp_path / "reader"),
+        )
+        model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+        expected = model.encode_queries(["the cat"], processor=processor, output="dense")
+        assert torch.equal(torch.tensor(json.loads(printed.splitlines()[-1])), expected)
+
+        unauthorized = client(publish, hub.environment(tmp_path / "stranger", token=None))
+        assert unauthorized.returncode != 0
