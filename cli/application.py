@@ -14,14 +14,19 @@ import typer
 from typer.core import TyperGroup
 
 from rarezoo.cli import (
+    card,
     convert,
     encode,
+    evaluate,
     explain,
     export,
     families,
+    index,
     info,
+    push,
     quantize,
     quickstart_command,
+    search,
 )
 
 # typer exports only this subclass of the error that a wrong command line raises.
@@ -47,8 +52,30 @@ _EXTRAS = {
 _CHATTY_LOGGERS = ("torchao", "torch.utils._pytree")
 
 
-class _ErrorLine(TyperGroup):
-    """A group whose verbs end in one line on standard error when the user can put the error right."""
+# In the order in which a newcomer meets them.
+_ORDER = (
+    "quickstart",
+    "list",
+    "info",
+    "convert",
+    "train",
+    "encode",
+    "index",
+    "search",
+    "explain",
+    "eval",
+    "quantize",
+    "export",
+    "card",
+    "push",
+)
+
+
+class _Verbs(TyperGroup):
+    """The group of all verbs: they end in one line on standard error when the user can put the error right."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [name for name in _ORDER if name in self.commands]
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -81,7 +108,7 @@ def _user_errors() -> tuple[type[Exception], ...]:
 
 
 app = typer.Typer(
-    cls=_ErrorLine,
+    cls=_Verbs,
     name="rarezoo",
     help="Models that the mainstream libraries leave out: convert, train, quantize, encode, index, search, explain.",
     no_args_is_help=True,
@@ -117,7 +144,12 @@ app.command("convert")(convert.convert)
 app.command("export")(export.export)
 app.command("quantize")(quantize.quantize)
 app.command("encode")(encode.encode)
+app.add_typer(index.app, name="index")
+app.command("search")(search.search)
 app.command("explain")(explain.explain)
+app.command("eval")(evaluate.evaluate)
+app.command("card")(card.card)
+app.command("push")(push.push)
 app.command("quickstart")(quickstart_command.quickstart)
 
 

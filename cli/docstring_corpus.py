@@ -1,0 +1,93 @@
+"""A retrieval data set that every machine has: documentation strings of the Python standard library and installed packages.
+
+The first sentence of a documentation string is the query, the rest the document that answers it.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import random
+import re
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n\s*\n")
+_SKIPPED_FOLDERS = {"test", "tests", "testing", "site-packages", "__pycache__", "idlelib", "lib2to3", "_vendor", "vendor"}
+
+
+@dataclass(frozen=True)
+class DocstringPair:
+    """`name` is the dotted name of the documented object, `query` its first sentence, `document` the rest."""
+
+    name: str
+    query: str
+    document: str
+
+
+def read_docstring_pairs(limit: int, seed: int = 0) -> list[DocstringPair]:
+    """Up to `limit` pairs in an order that depends on `seed` and on the installed packages only.
+
+    Objects whose document or first sentence occurs more than once are dropped, so that each query has one answer.
+    Raises `RuntimeError` where the machine has fewer than 200 usable documentation strings.
+    """
+    folders = [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib")]
+    candidates: list[DocstringPair] = []
+    for folder in folders:
+        files = sorted(_python_files(folder))
+        random.Random(seed).shuffle(files)
+        found: list[DocstringPair] = []
+        for path in files:
+            found.extend(_pairs_of_file(path, folder))
+            if len(found) >= limit:
+                break
+        candidates.extend(found)
+    unique = _without_repetitions(candidates)
+    random.Random(seed).shuffle(unique)
+    if len(unique) < 200:
+        raise RuntimeError(f"found only {len(unique)} documentation strings with a summary and a body; expected 200")
+    return unique[:limit]
+
+
+def _python_files(folder: Path) -> Iterator[Path]:
+    for path in folder.rglob("*.py"):
+        if not _SKIPPED_FOLDERS.intersection(path.relative_to(folder).parts[:-1]):
+            yield path
+
+
+def _pairs_of_file(path: Path, folder: Path) -> Iterator[DocstringPair]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # other people's invalid escape sequences
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError, OSError, RecursionError):
+        return
+    module = ".".join(path.relative_to(folder).with_suffix("").parts)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node)
+            pair = _split(f"{module}.{node.name}" if not isinstance(node, ast.Module) else module, text or "")
+            if pair is not None:
+                yield pair
+
+
+def _split(name: str, text: str) -> DocstringPair | None:
+    parts = _SENTENCE_END.split(inspect.cleandoc(text), maxsplit=1)
+    if len(parts) < 2:
+        return None
+    query, document = (" ".join(part.split()) for part in parts)
+    if 20 <= len(query) <= 200 and len(document) >= 80 and document.isascii() and query.isascii():
+        return DocstringPair(name, query, document[:1000])
+    return None
+
+
+def _without_repetitions(pairs: list[DocstringPair]) -> list[DocstringPair]:
+    queries: dict[str, int] = {}
+    documents: dict[str, int] = {}
+    for pair in pairs:
+        queries[pair.query] = queries.get(pair.query, 0) + 1
+        documents[pair.document[:200]] = documents.get(pair.document[:200], 0) + 1
+    return [pair for pair in pairs if queries[pair.query] == 1 and documents[pair.document[:200]] == 1]

@@ -1,0 +1,128 @@
+"""`rarezoo eval`: how well a model retrieves on a test collection."""
+
+from __future__ import annotations
+
+import json as json_format
+import os
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rarezoo.cli.options import BatchSizeOption, DeviceOption, DtypeOption, JsonOption, ModelArgument
+from rarezoo.cli.output import print_json, print_pairs
+
+if TYPE_CHECKING:
+    from rarezoo.retrieval import SparseEmbeddings, SparseIndex
+
+EVALUATION_FILE = "evaluation.json"
+
+
+def evaluate(
+    model: ModelArgument,
+    collection: Annotated[
+        Path, typer.Argument(metavar="COLLECTION", help="BEIR folder: corpus.jsonl, queries.jsonl and qrels/.")
+    ],
+    split: Annotated[str, typer.Option(help="Name of the judgements, as in qrels/test.tsv.")] = "test",
+    metrics: Annotated[str, typer.Option(help="Names that ir-measures knows, separated by commas.")] = (
+        "nDCG@10,RR@10,R@100"
+    ),
+    depth: Annotated[int, typer.Option(min=1, help="Documents kept per query.")] = 1000,
+    output: Annotated[
+        Path | None, typer.Option(help="Keep embeddings, index, run and metrics here; an interrupted run goes on.")
+    ] = None,
+    query_model: Annotated[
+        str | None, typer.Option(help="Encode queries with this folder of `export --to inference-free` instead.")
+    ] = None,
+    save: Annotated[bool, typer.Option("--save", help="Write the result into the checkpoint, for its card.")] = False,
+    batch_size: BatchSizeOption = 32,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Measure retrieval on a test collection.
+
+    Encodes the corpus, builds an exact index, searches all judged queries and evaluates with ir-measures. A document
+    with the identifier of the query is not counted as an answer, as is usual on BEIR.
+    """
+    from rarezoo.retrieval import evaluate_run, read_qrels, write_run
+
+    if save and not Path(model).is_dir():
+        raise ValueError(f"--save writes into a checkpoint folder; {model} is none")
+    qrels = read_qrels(collection, split)
+    with nullcontext(str(output)) if output else tempfile.TemporaryDirectory(prefix="rarezoo-eval-") as folder:
+        embeddings = _encode(model, collection, Path(folder) / "documents", batch_size, device, dtype)
+        index = _index(embeddings, Path(folder) / "index")
+        run = _search(index, query_model or model, collection, set(qrels), depth, device, dtype)
+        measured = evaluate_run(run, qrels, metrics=[name.strip() for name in metrics.split(",")])
+        answer = {
+            "dataset": collection.resolve().name,
+            "split": split,
+            "queries": len(run),
+            "documents": len(index),
+            "metrics": {name: round(value, 5) for name, value in measured.items()},
+        }
+        if output:
+            write_run(run, output / "run.trec")
+            _write_json(output / "metrics.json", answer)
+    if save:
+        _save(Path(model), answer)
+    if json:
+        print_json(answer)
+    else:
+        print_pairs([("queries", len(run)), ("documents", answer["documents"])])
+        print_pairs([(name, f"{value:.4f}") for name, value in measured.items()])
+
+
+def _encode(model, collection: Path, folder: Path, batch_size: int, device, dtype) -> SparseEmbeddings:
+    from rarezoo.cli.checkpoints import load_retriever
+    from rarezoo.retrieval import encode_corpus, read_corpus
+
+    documents = read_corpus(collection)
+    retriever, processor = load_retriever(model, device, dtype)
+    return encode_corpus(retriever, processor, documents, folder, batch_size=batch_size)
+
+
+def _index(embeddings: SparseEmbeddings, folder: Path) -> SparseIndex:
+    from rarezoo.retrieval import SparseIndex
+
+    if not folder.exists():
+        return SparseIndex.build(embeddings, folder)
+    index = SparseIndex.open(folder)
+    if index.fingerprint != embeddings.fingerprint or len(index) != len(embeddings):
+        raise ValueError(f"{folder} is the index of other embeddings: remove it or choose another --output")
+    return index
+
+
+def _search(index, query_model, collection, judged, depth, device, dtype) -> dict[str, list[tuple[str, float]]]:
+    from rarezoo.cli.queries import QueryEncoder
+    from rarezoo.retrieval import read_queries
+
+    queries = [query for query in read_queries(collection) if query.id in judged]
+    if not queries:
+        raise ValueError(f"{collection}: none of its queries is judged in this split")
+    encoder = QueryEncoder(query_model, device, dtype)
+    embedded = encoder.encode([query.id for query in queries], [query.text for query in queries], True)
+    found = index.search(embedded, depth + 1, num_threads=os.cpu_count() or 1)
+    return {
+        query.id: [(document, score) for document, score in row if document != query.id][:depth]
+        for query, row in zip(queries, found)
+    }
+
+
+def _save(folder: Path, answer: dict[str, Any]) -> None:
+    """Add the result to the checkpoint's evaluation file, in place of an older one of the same data."""
+    path = folder / EVALUATION_FILE
+    known = json_format.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    known = [known] if isinstance(known, dict) else known
+    same = (answer["dataset"], answer["split"])
+    kept = [entry for entry in known if (entry.get("dataset"), entry.get("split")) != same]
+    _write_json(path, [*kept, answer])
+
+
+def _write_json(path: Path, content: Any) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json_format.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)

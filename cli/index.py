@@ -1,0 +1,81 @@
+"""`rarezoo index`: build and change an index on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from rarezoo.cli.options import JsonOption
+from rarezoo.cli.output import print_json
+
+EmbeddingsArgument = Annotated[Path, typer.Argument(metavar="EMBEDDINGS", help="Folder of `rarezoo encode`.")]
+IndexArgument = Annotated[Path, typer.Argument(metavar="INDEX", help="Folder of the index.")]
+
+
+class _BuildUnlessNamed(TyperGroup):
+    """`rarezoo index EMBEDDINGS INDEX` is `rarezoo index build EMBEDDINGS INDEX`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] not in self.commands:
+            args = ["build", *args]
+        return super().resolve_command(ctx, args)
+
+
+app = typer.Typer(
+    cls=_BuildUnlessNamed,
+    help="Build and change an index.\n\n`rarezoo index EMBEDDINGS INDEX` builds one.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+
+@app.command("build")
+def build(embeddings: EmbeddingsArgument, index: IndexArgument, json: JsonOption = False) -> None:
+    """Build an index in a new folder."""
+    from rarezoo.retrieval import SparseEmbeddings, SparseIndex
+
+    _report(SparseIndex.build(SparseEmbeddings.open(embeddings), index), json)
+
+
+@app.command("add")
+def add(index: IndexArgument, embeddings: EmbeddingsArgument, json: JsonOption = False) -> None:
+    """Add documents to an index."""
+    from rarezoo.retrieval import SparseEmbeddings, SparseIndex
+
+    opened = SparseIndex.open(index)
+    opened.add(SparseEmbeddings.open(embeddings))
+    _report(opened, json)
+
+
+@app.command("delete")
+def delete(
+    index: IndexArgument,
+    ids: Annotated[list[str], typer.Argument(metavar="ID...", help="Identifiers of documents.")],
+    json: JsonOption = False,
+) -> None:
+    """Delete documents from an index; `compact` frees their space."""
+    from rarezoo.retrieval import SparseIndex
+
+    opened = SparseIndex.open(index)
+    opened.delete(ids)
+    _report(opened, json)
+
+
+@app.command("compact")
+def compact(index: IndexArgument, json: JsonOption = False) -> None:
+    """Rewrite an index without its deleted documents."""
+    from rarezoo.retrieval import SparseIndex
+
+    opened = SparseIndex.open(index)
+    opened.compact()
+    _report(opened, json)
+
+
+def _report(index: Any, json: bool) -> None:
+    if json:
+        print_json({"folder": str(index.folder), "documents": len(index), "postings": index.num_postings})
+    else:
+        typer.echo(f"{index.folder}: {len(index):,} documents, {index.num_postings:,} postings")

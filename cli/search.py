@@ -1,0 +1,140 @@
+"""`rarezoo search`: answers of an index, with the terms that matched."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rarezoo.cli.explain import printable
+from rarezoo.cli.options import DeviceOption, DtypeOption, JsonOption
+from rarezoo.cli.output import print_json
+
+SNIPPET_CHARACTERS = 160
+
+
+def search(
+    index: Annotated[Path, typer.Argument(metavar="INDEX", help="Folder of `rarezoo index`.")],
+    model: Annotated[
+        str, typer.Option(help="Checkpoint that encoded the documents, or a folder of `export --to inference-free`.")
+    ],
+    query: Annotated[str | None, typer.Argument(metavar="[QUERY]", help="What to search for.")] = None,
+    corpus: Annotated[Path | None, typer.Option(help="Show the texts of what was found from this corpus.")] = None,
+    queries: Annotated[Path | None, typer.Option(help="Instead of QUERY: a file of queries; needs --run.")] = None,
+    run: Annotated[Path | None, typer.Option(help="Write the answers to this TREC run file.")] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="Documents per query.")] = 10,
+    terms: Annotated[int, typer.Option(min=0, help="Matched terms shown per document.")] = 8,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Search an index.
+
+    Each answer shows its score and the terms of the query that matched, with what each contributed to the score.
+    """
+    if (query is None) == (queries is None) or (queries is None) != (run is None):
+        raise ValueError("give either a QUERY, or --queries FILE together with --run FILE")
+    from rarezoo.cli.queries import QueryEncoder
+    from rarezoo.retrieval import SparseIndex
+
+    opened = SparseIndex.open(index)
+    encoder = QueryEncoder(model, device, dtype)
+    if queries is not None and run is not None:
+        _write_run(opened, encoder, queries, run, top_k, json)
+        return
+    answers = _answers(opened, encoder, str(query), top_k, terms)
+    if corpus is not None:
+        texts = find_texts(corpus, {answer["id"] for answer in answers})
+        for answer in answers:
+            answer["text"] = texts[answer["id"]]
+    if json:
+        print_json({"query": query, "answers": answers})
+    else:
+        print_answers(answers)
+
+
+def _answers(index: Any, encoder: Any, query: str, top_k: int, terms: int) -> list[dict[str, Any]]:
+    embedded = encoder.encode(["query"], [query])
+    (found,) = index.search(embedded, top_k=top_k)
+    return [
+        {
+            "rank": rank,
+            "id": document_id,
+            "score": round(score, 6),
+            "terms": [
+                {
+                    "token": encoder.token(term.vocabulary_index),
+                    "query_weight": round(term.query_weight, 6),
+                    "document_weight": round(term.document_weight, 6),
+                    "contribution": round(term.query_weight * term.document_weight, 6),
+                }
+                for term in index.matched_terms(embedded, document_id)[:terms]
+            ],
+        }
+        for rank, (document_id, score) in enumerate(found, 1)
+    ]
+
+
+def _write_run(index: Any, encoder: Any, queries: Path, run: Path, top_k: int, json: bool) -> None:
+    from rarezoo.retrieval import read_queries, write_run
+
+    ids, texts = zip(*read_queries(queries))
+    found = index.search(encoder.encode(ids, texts, show_progress_bar=True), top_k, num_threads=os.cpu_count() or 1)
+    write_run(dict(zip(ids, found)), run)
+    answer = {"run": str(run), "queries": len(ids), "answers": sum(map(len, found))}
+    if json:
+        print_json(answer)
+    else:
+        typer.echo(f"{run}: {answer['answers']:,} answers to {answer['queries']:,} queries")
+
+
+def find_texts(corpus: Path, ids: set[str]) -> dict[str, str]:
+    """The texts of some documents of a corpus, read until all are found.
+
+    Raises `ValueError` when the corpus lacks one of them.
+    """
+    from rarezoo.retrieval import read_corpus
+
+    texts: dict[str, str] = {}
+    for document in read_corpus(corpus):
+        if len(texts) == len(ids):
+            break
+        if document.id in ids:
+            texts[document.id] = document.text
+    missing = sorted(ids - set(texts))
+    if missing:
+        raise ValueError(f"{corpus} has no document {missing[0]!r}: expected the corpus that was indexed")
+    return texts
+
+
+def print_answers(answers: list[dict[str, Any]]) -> None:
+    """Rank, score and identifier; below them the matched terms and the part of the text where most of them stand."""
+    if not answers:
+        typer.echo("nothing found: no document shares a term with the query")
+    for answer in answers:
+        typer.echo(f"{answer['rank']:>3}. {answer['score']:9.4f}  {answer['id']}")
+        matched = [f"{printable(term['token'])} {term['contribution']:.2f}" for term in answer["terms"]]
+        if matched:
+            typer.echo(f"     {'  '.join(matched)}")
+        if "text" in answer:
+            typer.echo(f"     {snippet(answer['text'], [term['token'] for term in answer['terms']])}")
+
+
+def snippet(text: str, tokens: list[str], width: int = SNIPPET_CHARACTERS) -> str:
+    """The stretch of a text, on one line, that holds most of the tokens; its beginning where it holds none."""
+    text = " ".join(text.split())
+    if len(text) <= width:
+        return text
+    words = {word for token in tokens if len(word := token.strip("▁Ġ ").lower()) > 1}
+    lowered = text.lower()
+    places = sorted(match.start() for word in words for match in re.finditer(re.escape(word), lowered))
+    best = max(
+        (0, *places),
+        key=lambda start: (sum(word in lowered[start : start + width] for word in words), -start),
+    )
+    start = 0 if best == 0 else text.rfind(" ", 0, best) + 1
+    shown = text[start : start + width].rsplit(" ", 1)[0] if start + width < len(text) else text[start:]
+    return f"{'… ' if start else ''}{shown}{' …' if start + width < len(text) else ''}"
