@@ -17,3 +17,4 @@ from rarezoo.retrieval.inference_free import inverse_document_frequencies as inv
 from rarezoo.retrieval.interop import export_embeddings as export_embeddings
 from rarezoo.retrieval.interop import import_embeddings as import_embeddings
 from rarezoo.retrieval.sparse_embeddings import SparseEmbeddings as SparseEmbeddings
+from rarezoo.retrieval.sparse_index import SparseIndex as SparseIndex

@@ -110,15 +110,15 @@ class SeenIds:
     def __init__(self) -> None:
         self._digests = np.empty(0, dtype="S16")
 
-    def add(self, ids: Sequence[str]) -> None:
-        """Take the next identifiers of the stream.
+    def add(self, ids: Sequence[str]) -> np.ndarray:
+        """Take the next identifiers of the stream; returns their digests, in their order.
 
         Raises:
             ValueError: one of them has come before.
         """
-        digests = digest_ids(ids)
-        order = np.argsort(digests, kind="stable")
-        digests = digests[order]
+        unsorted = digest_ids(ids)
+        order = np.argsort(unsorted, kind="stable")
+        digests = unsorted[order]
         positions = np.searchsorted(self._digests, digests)
         repeated = np.zeros(len(digests), dtype=bool)
         repeated[1:] = digests[1:] == digests[:-1]
@@ -127,6 +127,7 @@ class SeenIds:
         if repeated.any():
             raise ValueError(f"duplicate identifier {ids[int(order[repeated].min())]!r}: every text needs its own")
         self._digests = np.insert(self._digests, positions, digests)
+        return unsorted
 
 
 class _Shard:
@@ -384,9 +385,15 @@ class SparseEmbeddings:
         all_ids = self.ids
         return SparseEmbeddings([all_ids[int(position)] for position in positions], matrix, self.fingerprint)
 
-    def iter_shards(self) -> Iterator[SparseEmbeddings]:
-        """The shards in order, each a container of its own (still memory-mapped when this one is)."""
+    def iter_shards(self, verify: bool = False) -> Iterator[SparseEmbeddings]:
+        """The shards in order, each a container of its own (still memory-mapped when this one is).
+
+        Args:
+            verify: read each shard and check its checksum and its weights first; a ValueError names the file.
+        """
         for shard in self._shards:
+            if verify:
+                shard.verify()
             yield self._from_shards([shard], self.vocab_size, self.fingerprint)
 
     @staticmethod
@@ -471,8 +478,7 @@ class SparseEmbeddings:
             ValueError: names the file and what is wrong with it.
         """
         seen = SeenIds()
-        for shard in self._shards:
-            shard.verify()
+        for shard in self.iter_shards(verify=True):
             seen.add(shard.ids)
 
 

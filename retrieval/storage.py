@@ -20,20 +20,16 @@ _METADATA_KEY = "rarezoo"
 class CannotWriteError(OSError):
     """A target that cannot be written: full disk, read-only, missing permission. Nothing half-written remains."""
 
-    def __init__(self, path: Path, cause: Exception):
-        super().__init__(
-            f"cannot write {path}: {getattr(cause, 'strerror', None) or cause}; nothing half-written remains"
-        )
+    def __init__(self, path: Path, cause: OSError):
+        super().__init__(f"cannot write {path}: {cause.strerror or cause}; nothing half-written remains")
 
 
 @contextlib.contextmanager
 def reported_for(path: Path) -> Iterator[None]:
     """Turn whatever the system says about a failed write into one `CannotWriteError` for `path`."""
-    from safetensors import SafetensorError
-
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise CannotWriteError(path, error) from error
 
 
@@ -121,12 +117,14 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray], source: str = "") 
     Raises:
         CannotWriteError: the file cannot be written.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     # One metadata entry only: safetensors does not promise an order among several.
     metadata = {_METADATA_KEY: json.dumps({"crc32": _checksum(tensors), "source": source})}
+    # Not save_file: it goes through a file of its own, which a killed process would leave behind under another name.
+    content = save(tensors, metadata=metadata)
     with reported_for(path), _written_beside(path) as partial:
-        save_file(tensors, partial, metadata=metadata)
+        partial.write_bytes(content)
 
 
 @contextlib.contextmanager
