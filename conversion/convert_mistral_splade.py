@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -29,7 +30,13 @@ from transformers import (
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
 
-from rarezoo.conversion.checkpoint_files import CheckpointReader, ConversionError, locate_checkpoint
+from rarezoo.conversion.checkpoint_files import (
+    CheckpointReader,
+    ConversionError,
+    locate_checkpoint,
+    read_json,
+    write_json,
+)
 from rarezoo.conversion.engine import (
     ConversionReport,
     FolderReport,
@@ -55,13 +62,18 @@ from rarezoo.conversion.mistral_splade_layouts import (
     detect_layout,
     find_encoders,
 )
-from rarezoo.conversion.sentence_transformers_files import sparse_encoder_options, write_sparse_encoder_files
+from rarezoo.conversion.sentence_transformers_files import (
+    check_sparse_encoder,
+    sparse_encoder_options,
+    write_sparse_encoder_files,
+)
 from rarezoo.mistral_splade import (
     MistralSpladeConfig,
     MistralSpladeForMaskedLM,
     MistralSpladeForRetrieval,
     MistralSpladeProcessor,
 )
+from rarezoo.mistral_splade.sentence_transformers_mistral_splade import MODULES, SPARSE_ENCODER_CONFIG
 
 logger = logging.get_logger(__name__)
 
@@ -203,36 +215,56 @@ def to_official(
     return ConversionReport(FAMILY, str(source), source_layout, "official", tuple(reports))
 
 
-def _write_official(encoder: Encoder, layout: str, target: Path, writing: _Writing, base) -> _Weights:
+def _write_official(
+    encoder: Encoder, layout: str, target: Path, writing: _Writing, base: str | os.PathLike | None
+) -> _Weights:
     config = _build_config(encoder, {})
     processor = _build_processor(encoder, config, None, {})
-    rules = reverse(BACKBONE_RULES)
-    if layout == "peft":
-        weights = _write_adapter_alone(encoder, config, target, base)
-        processor.tokenizer.save_pretrained(target)
-        return weights
+    if base is not None:
+        _write_plain_tokenizer(processor, target)
+        return _write_adapter_alone(encoder, config, target, base)
     if layout == "naver":
-        weights = _write_weights(encoder, config, MistralSpladeForMaskedLM, rules, target, writing)
-        _write_model_files(target, config, processor, MistralSpladeForMaskedLM)
-        encoder.notes += write_sparse_encoder_files(target, config, processor)
-        _verify(target, AutoModelForMaskedLM, weights)
-    else:
-        plain = MistralConfig(**{name: getattr(config, name) for name in MistralConfig.__annotations__})
-        weights = _write_weights(encoder, plain, MistralForCausalLM, rules, target, writing)
-        plain.save_pretrained(target)
-        processor.tokenizer.save_pretrained(target)
-        _verify(target, AutoModelForCausalLM, weights)
-        settings = ", ".join(f"{name}={getattr(config, name)!r}" for name in RETRIEVAL_FIELDS)
-        encoder.notes.append(f"A plain Mistral folder does not hold the templates and these settings: {settings}.")
+        return _write_sparse_encoder(encoder, config, processor, target, writing)
+    plain = MistralConfig(**{name: getattr(config, name) for name in MistralConfig.__annotations__})
+    weights = _write_weights(encoder, plain, MistralForCausalLM, reverse(BACKBONE_RULES), target, writing)
+    plain.save_pretrained(target)
+    _write_plain_tokenizer(processor, target)
     _copy_small_files(encoder, target)
+    _verify(target, AutoModelForCausalLM, weights)
+    settings = ", ".join(f"{name}={getattr(config, name)!r}" for name in RETRIEVAL_FIELDS)
+    encoder.notes.append(f"A plain Mistral folder does not hold the templates and these settings: {settings}.")
     return weights
+
+
+def _write_sparse_encoder(
+    encoder: Encoder,
+    config: MistralSpladeConfig,
+    processor: MistralSpladeProcessor,
+    target: Path,
+    writing: _Writing,
+) -> _Weights:
+    check_sparse_encoder(config, processor)
+    weights = _write_weights(encoder, config, MistralSpladeForMaskedLM, reverse(BACKBONE_RULES), target, writing)
+    _write_model_files(target, config, processor, MistralSpladeForMaskedLM)
+    encoder.notes += write_sparse_encoder_files(target, config, processor)
+    _copy_small_files(encoder, target)
+    _verify(target, AutoModelForMaskedLM, weights)
+    return weights
+
+
+def _write_plain_tokenizer(processor: MistralSpladeProcessor, target: Path) -> None:
+    """The tokenizer without its entries about this family's processor."""
+    processor.tokenizer.save_pretrained(target)
+    path = target / "tokenizer_config.json"
+    own = ("auto_map", "processor_class", "is_local", "local_files_only")
+    write_json(path, {name: value for name, value in read_json(path).items() if name not in own})
 
 
 @dataclass(frozen=True)
 class _Weights:
-    """Weights that were written: None for an adapter alone."""
+    """Weights that were written, and what became of the others."""
 
-    written: WrittenWeights | None
+    written: WrittenWeights
     merged: tuple[str, ...] = ()
     dropped: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
@@ -246,7 +278,7 @@ def _build_config(encoder: Encoder, options: Mapping[str, Any]) -> MistralSplade
         )
     try:
         return MistralSpladeConfig(**{**encoder.backbone, **encoder.settings, **options})
-    except (ValueError, TypeError) as error:
+    except (StrictDataclassError, ValueError) as error:
         raise ConversionError(f"the configuration of {encoder.weights} is not valid: {error}") from error
 
 
@@ -358,7 +390,7 @@ def _write_weights(
     config.dtype = written.dtype
     config.architectures = [model_class.__name__]
     if adapter is not None and not writing.merge_adapter:
-        _save_adapter(adapter, reader, _make_subfolder(target, ADAPTER_FOLDER), base="..")
+        _save_adapter(adapter, reader, _make_subfolder(target, ADAPTER_FOLDER), "..", model_class)
         encoder.notes.append(f"The adapter is not merged: load it from {ADAPTER_FOLDER}/ with PEFT.")
     return _Weights(written, merged, plan.dropped)
 
@@ -390,27 +422,34 @@ def _open_adapter(encoder: Encoder, shapes: Mapping[str, tuple[int, ...]]) -> Lo
     return LoraAdapter(encoder.adapter, {**shapes, HEAD: shapes[EMBEDDING]})
 
 
-def _save_adapter(adapter: LoraAdapter, reader: CheckpointReader, folder: Path, base: str) -> None:
+def _save_adapter(
+    adapter: LoraAdapter, reader: CheckpointReader, folder: Path, base: str, model_class: type
+) -> WrittenWeights:
     copies = {name: reader.read(name if name in reader else EMBEDDING) for name in adapter.base_copies}
-    adapter.save(folder, base, copies)
-    LoraAdapter(folder, adapter.weights)  # opens and matches what was written
+    adapter.save(folder, base, "CAUSAL_LM" if model_class is MistralForCausalLM else None, copies)
+    saved = LoraAdapter(folder, adapter.weights)
+    tensors = {name: (entry.shape, entry.dtype) for name, entry in saved.entries.items()}
+    return WrittenWeights(tensors, tuple({entry.file.name for entry in saved.entries.values()}))
 
 
 def _write_adapter_alone(encoder: Encoder, config: MistralConfig, target: Path, base: str | os.PathLike) -> _Weights:
     adapter = _open_adapter(encoder, _shapes(MistralSpladeForRetrieval, config))
     if adapter is None:
         raise ConversionError(f"{encoder.folder} has no adapter in {ADAPTER_FOLDER}/; layout 'peft' writes one")
-    _save_adapter(adapter, CheckpointReader(encoder.weights), target, str(base))
-    return _Weights(None)
+    reader = CheckpointReader(encoder.weights)
+    return _Weights(_save_adapter(adapter, reader, target, str(base), MistralForCausalLM))
 
 
 def _write_model_files(
     target: Path, config: MistralSpladeConfig, processor: MistralSpladeProcessor, model_class: type
 ) -> None:
-    """Configuration, code for `trust_remote_code`, tokenizer and processor."""
+    """What the family's `save_pretrained` writes beside the weights, without a model: configuration, code for
+    `trust_remote_code`, tokenizer and processor, the description for sentence-transformers."""
     config.save_pretrained(target)
     custom_object_save(model_class, target)
     processor.save_pretrained(target)
+    write_json(target / "modules.json", MODULES)
+    write_json(target / "config_sentence_transformers.json", SPARSE_ENCODER_CONFIG)
 
 
 def _copy_small_files(encoder: Encoder, target: Path) -> None:
@@ -422,7 +461,6 @@ def _copy_small_files(encoder: Encoder, target: Path) -> None:
 
 
 def _verify(target: Path, auto_class: Any, weights: _Weights) -> None:
-    assert weights.written is not None
     verify_weights(target, weights.written)
     # A model of several shards may be larger than memory: its names and shapes are compared on the meta device.
     verify_model(target, auto_class, weights.written, load=len(weights.written.files) == 1)
@@ -442,20 +480,15 @@ def _make_subfolder(folder: Path, name: str) -> Path:
 
 
 def _report(path: Path, layout: str, encoder: Encoder, weights: _Weights) -> FolderReport:
-    report = FolderReport(
+    return FolderReport(
         str(path),
         layout,
-        merged=weights.merged,
-        dropped={**encoder.dropped, **weights.dropped},
-        notes=tuple(encoder.notes),
-    )
-    if weights.written is None:
-        return report
-    return dataclasses.replace(
-        report,
         tensors=len(weights.written.tensors),
         parameters=weights.written.parameters,
         size_bytes=weights.written.size_bytes,
         files=len(weights.written.files),
         dtype=str(weights.written.dtype).removeprefix("torch."),
+        merged=weights.merged,
+        dropped={**encoder.dropped, **weights.dropped},
+        notes=tuple(encoder.notes),
     )

@@ -16,7 +16,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from rarezoo.conversion.checkpoint_files import CheckpointReader, ConversionError, listed, read_json, write_json
+from rarezoo.conversion.checkpoint_files import (
+    CheckpointReader,
+    ConversionError,
+    TensorEntry,
+    listed,
+    read_json,
+    write_json,
+)
 
 CONFIG_FILE = "adapter_config.json"
 _STEMS = ("adapter_model",)
@@ -72,6 +79,11 @@ class LoraAdapter:
         self._match_tensors()
 
     @property
+    def entries(self) -> Mapping[str, TensorEntry]:
+        """The adapter's own tensors."""
+        return self._reader.entries
+
+    @property
     def touched(self) -> tuple[str, ...]:
         """Names of the base weights that `merge` changes."""
         return tuple(name for name in self.weights if name in self._pairs or name in self._replacements)
@@ -90,12 +102,13 @@ class LoraAdapter:
             weight = weight.to(torch.float32, copy=True).addmm_(b, a, alpha=pair.scale)
         return weight
 
-    def save(self, folder: Path, base: str, check: Mapping[str, torch.Tensor]) -> None:
+    def save(self, folder: Path, base: str, task_type: str | None, check: Mapping[str, torch.Tensor]) -> None:
         """Write the adapter as safetensors under PEFT's canonical names, without the copies of base weights.
 
         Args:
             folder: existing folder.
             base: value of `base_model_name_or_path`.
+            task_type: PEFT's wrapper of the model that the adapter is for; "CAUSAL_LM" needs one that generates.
             check: the base weights of which the adapter holds copies.
         """
         for name, weight in check.items():
@@ -109,7 +122,8 @@ class LoraAdapter:
         for name, stored in self._replacements.items():
             tensors[_PREFIX + name] = self._reader.read(stored).contiguous()
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        write_json(folder / CONFIG_FILE, {**self.config, "base_model_name_or_path": base})
+        config = {**self.config, "base_model_name_or_path": base, "revision": None, "task_type": task_type}
+        write_json(folder / CONFIG_FILE, config)
 
     @property
     def base_copies(self) -> tuple[str, ...]:

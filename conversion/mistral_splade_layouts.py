@@ -121,9 +121,7 @@ def _pair_folders(folder: Path, layout: str) -> dict[str, Path] | None:
         return None
     missing = [path.name for path in subfolders.values() if not path.is_dir()]
     if missing:
-        raise ConversionError(
-            f"{folder} lacks {missing[0]}/, the other half of the pair; give one encoder's own folder"
-        )
+        raise ConversionError(f"{folder} lacks {missing[0]}/, half of the pair; give one encoder's own folder")
     return subfolders
 
 

@@ -111,17 +111,9 @@ def _special_tokens(tokenizer: Any) -> tuple[list[str], list[str]]:
     raise ConversionError(f"the tokenizer changes a text when it adds special tokens: {bare} became {whole}")
 
 
-def write_sparse_encoder_files(folder: Path, config: Any, processor: Any) -> tuple[str, ...]:
-    """Write the files for a model and processor that sentence-transformers' own modules can express.
-
-    The tokenizer in `folder` is written again, so that it adds the special tokens of the templates by itself.
-
-    Returns:
-        Notes on what differs from this family's own encoding.
-
-    Raises:
-        ConversionError: echo or repeat inputs, other poolings, or templates with anything but a prompt before the text.
-    """
+def check_sparse_encoder(config: Any, processor: Any) -> None:
+    """Raise `ConversionError` where sentence-transformers' own modules cannot express the model and its inputs: echo or
+    repeat mode, other poolings, templates with anything but special tokens and a prompt around the text."""
     problems = []
     if config.attention_mode not in ("plain", "bidirectional"):
         problems.append(f"attention_mode {config.attention_mode!r} (expected plain or bidirectional)")
@@ -129,24 +121,36 @@ def write_sparse_encoder_files(folder: Path, config: Any, processor: Any) -> tup
         problems.append(f"pooling {config.pooling!r} (expected max or sum)")
     if config.logit_shift or config.excluded_token_ids:
         problems.append("logit_shift and excluded_token_ids (expected neither)")
-    query, document = (_parse_template(getattr(processor, f"{kind}_template")) for kind in ("query", "document"))
-    if query is None or document is None or query[::2] != document[::2]:
+    query, document = _TEMPLATE.fullmatch(processor.query_template), _TEMPLATE.fullmatch(processor.document_template)
+    if query is None or document is None or query.group(1, 3) != document.group(1, 3):
         problems.append(
             f"the templates {processor.query_template!r} and {processor.document_template!r} (expected pooled special "
             "tokens, then a prompt and the text, then pooled special tokens, the same ones for both)"
         )
-    if problems or query is None or document is None:
+    if problems:
         raise ConversionError(
             f"sentence-transformers' SpladePooling cannot express {'; '.join(problems)}; keep the rarezoo layout"
         )
-    limit = max(processor.max_query_length, processor.max_document_length) + len(query[0]) + len(query[2])
-    _write_tokenizer(folder, processor, query[0], query[2], limit)
+
+
+def write_sparse_encoder_files(folder: Path, config: Any, processor: Any) -> tuple[str, ...]:
+    """Write the files for a model and processor that `check_sparse_encoder` accepts.
+
+    The tokenizer in `folder` is written again, so that it adds the special tokens of the templates by itself.
+
+    Returns:
+        Notes on what differs from this family's own encoding.
+    """
+    before, query_prompt, after = _parse_template(processor.query_template)
+    _, document_prompt, _ = _parse_template(processor.document_template)
+    limit = max(processor.max_query_length, processor.max_document_length) + len(before) + len(after)
+    _write_tokenizer(folder, processor, before, after, limit)
     activations = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
     pooling = {"pooling_strategy": config.pooling, "activation_function": activations[config.activation]}
     (folder / POOLING_FOLDER).mkdir()
     write_json(folder / POOLING_FOLDER / "config.json", {**pooling, "embedding_dimension": config.vocab_size})
     write_json(folder / "sentence_bert_config.json", {"transformer_task": "fill-mask", "max_seq_length": limit})
-    prompts = {"query": query[1], "document": document[1]}
+    prompts = {"query": query_prompt, "document": document_prompt}
     encoder = {"model_type": "SparseEncoder", "prompts": prompts, "default_prompt_name": None}
     write_json(folder / "config_sentence_transformers.json", {**encoder, "similarity_fn_name": "dot"})
     write_json(folder / "modules.json", _MODULES)
@@ -155,10 +159,12 @@ def write_sparse_encoder_files(folder: Path, config: Any, processor: Any) -> tup
     return (f"sentence-transformers has one maximum length: {limit} tokens for queries and documents",)
 
 
-def _parse_template(template: str) -> tuple[list[str], str, list[str]] | None:
-    """Special tokens before, prompt, special tokens after; None where the template has another form."""
+def _parse_template(template: str) -> tuple[list[str], str, list[str]]:
+    """Special tokens before, prompt, special tokens after."""
     match = _TEMPLATE.fullmatch(template)
-    return None if match is None else (_PIECE.findall(match[1]), match[2], _PIECE.findall(match[3]))
+    if match is None:
+        raise ConversionError(f"expected special tokens, a prompt and the text, all pooled; found {template!r}")
+    return _PIECE.findall(match[1]), match[2], _PIECE.findall(match[3])
 
 
 def _write_tokenizer(folder: Path, processor: Any, before: list[str], after: list[str], limit: int) -> None:
