@@ -7,7 +7,6 @@ on standard error and exit code 2. Anything else is a fault of the program and k
 from __future__ import annotations
 
 import logging
-import sys
 from typing import Annotated, Any
 
 import typer
@@ -80,6 +79,9 @@ class _Verbs(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            typer.echo("rarezoo: interrupted; `encode`, `eval` and `train` go on when they are run again", err=True)
+            raise typer.Exit(130) from error
         except Exception as error:
             line = _line(error)
             if line is None or ctx.params.get("debug"):
@@ -92,7 +94,8 @@ def _line(error: Exception) -> str | None:
     """What to tell the user, in one line; None where the error is not the user's to put right."""
     if isinstance(error, _UsageError):
         command = getattr(getattr(error, "ctx", None), "command_path", "rarezoo")
-        return " ".join(f"{error.format_message()} See `{command} --help`.".split())  # type: ignore[attr-defined]
+        message = error.format_message().rstrip(".")  # type: ignore[attr-defined]
+        return " ".join(f"{message}. See `{command} --help`.".split())
     if isinstance(error, ModuleNotFoundError) and (extra := _EXTRAS.get((error.name or "").split(".")[0])):
         return f"this needs {error.name}: pip install 'rarezoo[{extra}]'"
     message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
@@ -155,8 +158,4 @@ app.command("quickstart")(quickstart_command.quickstart)
 
 def main() -> None:
     """Entry point of the console script."""
-    try:
-        app()
-    except KeyboardInterrupt:
-        typer.echo("rarezoo: interrupted; what was finished is kept, run the same command to go on", err=True)
-        sys.exit(130)
+    app()

@@ -15,6 +15,7 @@ from rarezoo.cli.options import BatchSizeOption, DeviceOption, DtypeOption, Json
 from rarezoo.cli.output import print_json, print_pairs
 
 if TYPE_CHECKING:
+    from rarezoo.cli.queries import QueryEncoder
     from rarezoo.retrieval import SparseEmbeddings, SparseIndex
 
 EVALUATION_FILE = "evaluation.json"
@@ -47,16 +48,23 @@ def evaluate(
     Encodes the corpus, builds an exact index, searches all judged queries and evaluates with ir-measures. A document
     with the identifier of the query is not counted as an answer, as is usual on BEIR.
     """
-    from rarezoo.retrieval import evaluate_run, read_qrels, write_run
+    from rarezoo.cli.checkpoints import load_retriever
+    from rarezoo.cli.queries import QueryEncoder
+    from rarezoo.retrieval import encode_corpus, evaluate_run, read_corpus, read_qrels, write_run
 
     if save and not Path(model).is_dir():
         raise ValueError(f"--save writes into a checkpoint folder; {model} is none")
+    names = [name.strip() for name in metrics.split(",")]
     qrels = read_qrels(collection, split)
+    evaluate_run(qrels, qrels, metrics=names)  # a wrong name is reported now, not after hours of encoding
+    documents = read_corpus(collection)
+    retriever, processor = load_retriever(model, device, dtype)
     with nullcontext(str(output)) if output else tempfile.TemporaryDirectory(prefix="rarezoo-eval-") as folder:
-        embeddings = _encode(model, collection, Path(folder) / "documents", batch_size, device, dtype)
+        embeddings = encode_corpus(retriever, processor, documents, Path(folder) / "documents", batch_size=batch_size)
         index = _index(embeddings, Path(folder) / "index")
-        run = _search(index, query_model or model, collection, set(qrels), depth, device, dtype)
-        measured = evaluate_run(run, qrels, metrics=[name.strip() for name in metrics.split(",")])
+        encoder = QueryEncoder.load(query_model) if query_model else QueryEncoder(retriever, processor)
+        run = _search(index, encoder, collection, set(qrels), depth)
+        measured = evaluate_run(run, qrels, metrics=names)
         answer = {
             "dataset": collection.resolve().name,
             "split": split,
@@ -72,17 +80,8 @@ def evaluate(
     if json:
         print_json(answer)
     else:
-        print_pairs([("queries", len(run)), ("documents", answer["documents"])])
-        print_pairs([(name, f"{value:.4f}") for name, value in measured.items()])
-
-
-def _encode(model, collection: Path, folder: Path, batch_size: int, device, dtype) -> SparseEmbeddings:
-    from rarezoo.cli.checkpoints import load_retriever
-    from rarezoo.retrieval import encode_corpus, read_corpus
-
-    documents = read_corpus(collection)
-    retriever, processor = load_retriever(model, device, dtype)
-    return encode_corpus(retriever, processor, documents, folder, batch_size=batch_size)
+        counts = [("queries", f"{len(run):,}"), ("documents", f"{answer['documents']:,}")]
+        print_pairs(counts + [(name, f"{value:.4f}") for name, value in measured.items()])
 
 
 def _index(embeddings: SparseEmbeddings, folder: Path) -> SparseIndex:
@@ -96,14 +95,14 @@ def _index(embeddings: SparseEmbeddings, folder: Path) -> SparseIndex:
     return index
 
 
-def _search(index, query_model, collection, judged, depth, device, dtype) -> dict[str, list[tuple[str, float]]]:
-    from rarezoo.cli.queries import QueryEncoder
+def _search(
+    index: SparseIndex, encoder: QueryEncoder, collection: Path, judged: set[str], depth: int
+) -> dict[str, list[tuple[str, float]]]:
     from rarezoo.retrieval import read_queries
 
     queries = [query for query in read_queries(collection) if query.id in judged]
     if not queries:
         raise ValueError(f"{collection}: none of its queries is judged in this split")
-    encoder = QueryEncoder(query_model, device, dtype)
     embedded = encoder.encode([query.id for query in queries], [query.text for query in queries], True)
     found = index.search(embedded, depth + 1, num_threads=os.cpu_count() or 1)
     return {

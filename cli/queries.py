@@ -16,23 +16,27 @@ class QueryEncoder:
     """Texts to query embeddings that carry the model's fingerprint.
 
     Args:
-        model: checkpoint folder, Hub repository, or a folder of `rarezoo export --to inference-free`.
+        encoder: a retriever, or `InferenceFreeQueryEncoder`.
+        processor: the retriever's; None for the other.
     """
 
-    def __init__(self, model: str, device: str | None = None, dtype: str | None = None):
-        from rarezoo.retrieval import InferenceFreeQueryEncoder, model_fingerprint
+    def __init__(self, encoder: Any, processor: Any = None):
+        from rarezoo.retrieval import model_fingerprint
+
+        self._encoder = encoder
+        self._processor = processor
+        # Weights of an inference-free query come from a corpus: they fit the vectors of any model with that vocabulary.
+        self._fingerprint = model_fingerprint(encoder) if processor is not None else None
+
+    @classmethod
+    def load(cls, model: str, device: str | None = None, dtype: str | None = None) -> QueryEncoder:
+        """From a checkpoint folder, a Hub repository, or a folder of `rarezoo export --to inference-free`."""
+        from rarezoo.retrieval import InferenceFreeQueryEncoder
         from rarezoo.retrieval.inference_free import IDF_FILE_NAME
 
-        self._processor = None
-        self._fingerprint = None
-        self._encoder: Any
         if (Path(model) / IDF_FILE_NAME).is_file():
-            self._encoder = InferenceFreeQueryEncoder.from_pretrained(model)
-            self._token = self._encoder.tokenizer.convert_ids_to_tokens
-        else:
-            self._encoder, self._processor = load_retriever(model, device, dtype)
-            self._fingerprint = model_fingerprint(self._encoder)
-            self._token = self._processor.token
+            return cls(InferenceFreeQueryEncoder.from_pretrained(model))
+        return cls(*load_retriever(model, device, dtype))
 
     def encode(self, ids: Sequence[str], texts: Sequence[str], show_progress_bar: bool = False) -> SparseEmbeddings:
         """One row per text."""
@@ -43,4 +47,6 @@ class QueryEncoder:
 
     def token(self, token_id: int) -> str:
         """Surface form of a vocabulary entry."""
-        return str(self._token(token_id))
+        if self._processor is not None:
+            return self._processor.token(token_id)
+        return str(self._encoder.tokenizer.convert_ids_to_tokens(token_id))

@@ -12,7 +12,7 @@ _TOURS = {"mistral-splade": "rarezoo.cli.quickstart"}
 
 
 def quickstart(
-    family: Annotated[str, typer.Argument(metavar="[FAMILY]", help=f"{', '.join(_TOURS)}.")] = "mistral-splade",
+    family: Annotated[str, typer.Argument(metavar="FAMILY", help=f"{', '.join(_TOURS)}.")] = "mistral-splade",
     output: Annotated[Path, typer.Option(help="Folder for the checkpoint, the index and the picture.")] = Path(
         "runs/quickstart"
     ),

@@ -21,7 +21,7 @@ def search(
     model: Annotated[
         str, typer.Option(help="Checkpoint that encoded the documents, or a folder of `export --to inference-free`.")
     ],
-    query: Annotated[str | None, typer.Argument(metavar="[QUERY]", help="What to search for.")] = None,
+    query: Annotated[str | None, typer.Argument(metavar="QUERY", help="What to search for.")] = None,
     corpus: Annotated[Path | None, typer.Option(help="Show the texts of what was found from this corpus.")] = None,
     queries: Annotated[Path | None, typer.Option(help="Instead of QUERY: a file of queries; needs --run.")] = None,
     run: Annotated[Path | None, typer.Option(help="Write the answers to this TREC run file.")] = None,
@@ -41,7 +41,7 @@ def search(
     from rarezoo.retrieval import SparseIndex
 
     opened = SparseIndex.open(index)
-    encoder = QueryEncoder(model, device, dtype)
+    encoder = QueryEncoder.load(model, device, dtype)
     if queries is not None and run is not None:
         _write_run(opened, encoder, queries, run, top_k, json)
         return
