@@ -144,6 +144,12 @@ class CheckpointReader:
         opened = self._open(file)
         return opened[name] if isinstance(opened, dict) else opened.get_tensor(name)
 
+    def release(self, names: Sequence[str]) -> None:
+        """Give back the memory of tensors that were read and copied, where mapping their file again costs nothing."""
+        for file in {self.entries[name].file for name in names}:
+            if file.suffix == ".safetensors":
+                self._open_files.pop(file, None)
+
     def close(self) -> None:
         """Unmap the files (as soon as the tensors that were read are gone); the next `read` maps them again."""
         self._open_files.clear()

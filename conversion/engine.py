@@ -294,36 +294,25 @@ def write_weights(
         ConversionError: a wrong shape, or values that are not finite, in the source or after the cast.
         OSError: the disk cannot take the files.
     """
-    tensors = {}
-    producers = {target: step for step in plan.steps for target in step.targets}
-    for name, shape in expected.items():
-        stored = reader.entries[producers[name].sources[0]].dtype
-        tensors[name] = (tuple(shape), dtype if dtype is not None and stored.is_floating_point else stored)
+    producer = _Producer(plan, reader, expected, dtype, finish)
     split = split_state_dict_into_shards_factory(
-        tensors,
+        producer.tensors,
         get_storage_size=lambda entry: math.prod(entry[0]) * entry[1].itemsize,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_shard_size,
     )
-    written = WrittenWeights(tensors, tuple(split.filename_to_tensors))
+    written = WrittenWeights(producer.tensors, tuple(split.filename_to_tensors))
     _check_free_space(folder, written.size_bytes)
-    bar = logging.tqdm(total=written.size_bytes, unit="B", unit_scale=True, desc=f"Writing {len(tensors)} tensors")
-    pending: dict[str, torch.Tensor] = {}
-    try:
+    title = f"Writing {len(written.tensors)} tensors"
+    with logging.tqdm(total=written.size_bytes, unit="B", unit_scale=True, desc=title) as bar:
         for filename, names in split.filename_to_tensors.items():
             shard = {}
             for name in names:
-                if name not in pending:
-                    pending.update(_run_step(producers[name], reader))
-                tensor = pending.pop(name)
-                shard[name] = _finished(name, tensor, *tensors[name], finish)
+                shard[name] = producer.produce(name)
                 bar.update(shard[name].nbytes)
             _save_shard(shard, folder / filename)
-            # A multi-tensor step may reach into the next shard; nothing else keeps the source mapped.
-            del shard, tensor
+            del shard
             reader.close()
-    finally:
-        bar.close()
     if split.is_sharded:
         metadata = {"total_size": written.size_bytes, "total_parameters": written.parameters}
         index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
@@ -331,11 +320,36 @@ def write_weights(
     return written
 
 
-def _run_step(step: Step, reader: CheckpointReader) -> dict[str, torch.Tensor]:
-    tensors = [reader.read(source) for source in step.sources]
-    if step.transform is not None:
-        tensors = step.transform(tensors)
-    return dict(zip(step.targets, tensors, strict=True))
+class _Producer:
+    """The target's tensors, made one at a time in any order.
+
+    Attributes:
+        tensors: name -> (shape, dtype) of what `produce` will give.
+    """
+
+    def __init__(self, plan: Plan, reader: CheckpointReader, expected, dtype, finish):
+        self._steps = {target: step for step in plan.steps for target in step.targets}
+        self._reader = reader
+        self._finish = finish
+        self._pending: dict[str, torch.Tensor] = {}
+        self.tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        for name, shape in expected.items():
+            stored = reader.entries[self._steps[name].sources[0]].dtype
+            cast = dtype is not None and stored.is_floating_point
+            self.tensors[name] = (tuple(shape), dtype if cast else stored)
+
+    def produce(self, name: str) -> torch.Tensor:
+        step = self._steps[name]
+        if name not in self._pending:
+            found = [self._reader.read(source) for source in step.sources]
+            found = found if step.transform is None else step.transform(found)
+            # The other results of a step wait for their turn, which may come in another shard.
+            self._pending.update(zip(step.targets, found, strict=True))
+        tensor = self._pending.pop(name)
+        finished = _finished(name, tensor, *self.tensors[name], self._finish)
+        if finished is not tensor:
+            self._reader.release(step.sources)
+        return finished
 
 
 def _finished(name, tensor, shape, dtype, finish) -> torch.Tensor:
