@@ -50,9 +50,13 @@ def _resident(field: str) -> int:
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(field))
 
 
-def report(name: str, description: str, figures: dict) -> None:
+def report(
+    name: str,
+    description: str,
+    figures: dict,
+    packages: tuple[str, ...] = ("torch", "transformers", "sentence-transformers"),
+) -> None:
     """Print the figures and write them to `results/<name>.json` with the versions that gave them."""
-    packages = ("torch", "transformers", "sentence-transformers")
     result = {
         "description": description,
         "figures": figures,

@@ -64,11 +64,20 @@ class PackedIds(Sequence[str]):
     def __getitem__(self, position: slice) -> list[str]: ...
     def __getitem__(self, position: int | slice) -> str | list[str]:
         if isinstance(position, slice):
-            return [self[row] for row in range(*position.indices(len(self)))]
+            return self.take(np.arange(len(self))[position])
         if not -len(self) <= position < len(self):
             raise IndexError(f"position {position} of {len(self)} identifiers")
         position %= len(self)
-        return self.id_bytes[self.id_offsets[position] : self.id_offsets[position + 1]].tobytes().decode("utf-8")
+        return self.take(np.array([position]))[0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.take(np.arange(len(self))))
+
+    def take(self, positions: np.ndarray) -> list[str]:
+        """The identifiers at these positions (not negative)."""
+        buffer = self.id_bytes.data
+        starts, ends = self.id_offsets[positions].tolist(), self.id_offsets[positions + 1].tolist()
+        return [str(buffer[start:end], "utf-8") for start, end in zip(starts, ends)]
 
 
 class _ShardedIds(Sequence[str]):

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import bisect
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -66,6 +67,16 @@ class _Rows(NamedTuple):
 
     def part(self, start: int, end: int) -> _Rows:
         return _Rows(self.ids[start:end], self.digests[start:end], self.matrix[start:end])
+
+
+_scratch = threading.local()
+
+
+def _accumulator(size: int) -> np.ndarray:
+    """Zeros for the compiled search of this thread, which leaves zeros behind: fresh ones would cost page faults."""
+    if not hasattr(_scratch, "accumulator"):
+        _scratch.accumulator = np.zeros(size, dtype=np.float32)
+    return _scratch.accumulator
 
 
 def _kernels() -> ModuleType:
@@ -168,9 +179,9 @@ class SparseIndex:
             if value < 1:
                 raise ValueError(f"{name} must be at least 1; found {value}")
         at_once = min(_QUERIES_AT_ONCE, -(-matrix.shape[0] // num_threads)) or 1
+        if matrix.shape[0] <= at_once:
+            return self._search_part(matrix, top_k)
         parts = [matrix[start : start + at_once] for start in range(0, matrix.shape[0], at_once)]
-        if len(parts) <= 1:
-            return [row for part in parts for row in self._search_part(part, top_k)]
         with ThreadPoolExecutor(num_threads) as pool:
             found = pool.map(lambda part: self._search_part(part, top_k), parts)
             # The bar appears after a second.
@@ -204,8 +215,10 @@ class SparseIndex:
         documents = np.zeros((num_queries, k), dtype=np.int64)
         sizes = np.zeros(num_queries, dtype=np.int64)
         indptr, indices = queries.indptr.astype(np.int64), queries.indices.astype(np.int32)
+        accumulator = _accumulator(kernels.BLOCK_SIZE)
         for segment, first_document in zip(self._segments, self._starts):
             kernels.search_segment(
+                accumulator,
                 segment.term_offsets,
                 segment.tensors["documents"],
                 segment.tensors["weights"],
@@ -220,13 +233,10 @@ class SparseIndex:
                 sizes,
             )
         kernels.sort_heaps(scores, documents, sizes)
-        return [
-            [
-                (self._id(int(document)), float(score))
-                for document, score in zip(documents[query, : sizes[query]], scores[query, : sizes[query]])
-            ]
-            for query in range(num_queries)
-        ]
+        filled = np.arange(k) < sizes[:, None]
+        pairs = list(zip(self._ids_of(documents[filled]), scores[filled].tolist()))
+        ends = np.cumsum(sizes).tolist()
+        return [pairs[end - size : end] for end, size in zip(ends, sizes.tolist())]
 
     def matched_terms(self, query: scipy.sparse.csr_matrix | SparseEmbeddings, document_id: str) -> list[MatchedTerm]:
         """Why a document was found: the terms that it shares with a query, the largest contribution first.
@@ -328,9 +338,15 @@ class SparseIndex:
             if segment.tombstones is not None:
                 storage.verify_checksum(segment.tombstones, {"deleted": segment.deleted})
 
-    def _id(self, document: int) -> str:
-        number = self._segment_of(document)
-        return self._segments[number].ids[document - self._starts[number]]
+    def _ids_of(self, documents: np.ndarray) -> list[str]:
+        if len(self._segments) == 1:
+            return self._segments[0].ids.take(documents)
+        ids = np.empty(len(documents), dtype=object)
+        numbers = np.searchsorted(self._starts, documents, side="right") - 1
+        for number in np.unique(numbers):
+            inside = numbers == number
+            ids[inside] = self._segments[number].ids.take(documents[inside] - self._starts[number])
+        return ids.tolist()
 
     def _segment_of(self, document: int) -> int:
         return bisect.bisect_right(self._starts, document) - 1

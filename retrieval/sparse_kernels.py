@@ -9,10 +9,17 @@ import numpy as np
 from numba import njit
 
 BLOCK_SIZE = 65536
-_SCAN_SIZE = 64
+_STRIP = 64
 
 
-@njit(cache=True, nogil=True)
+def _compiled(function):
+    try:
+        return njit(cache=True, nogil=True)(function)
+    except RuntimeError:  # numba finds no folder that it may write its cache to
+        return njit(nogil=True)(function)
+
+
+@_compiled
 def invert_rows(indptr, indices, weights, first_document, cursor, documents, block_weights):
     """Place the postings of some rows of a block; a counting sort, whose counts are `cursor`.
 
@@ -31,12 +38,12 @@ def invert_rows(indptr, indices, weights, first_document, cursor, documents, blo
             cursor[indices[entry]] = position + 1
 
 
-@njit(cache=True, nogil=True)
+@_compiled
 def _worse(score, document, other_score, other_document):
     return score < other_score or (score == other_score and document > other_document)
 
 
-@njit(cache=True, nogil=True)
+@_compiled
 def _sift_down(scores, documents, size, position):
     """Restore the heap, worst result at the root, below `position`."""
     score, document = scores[position], documents[position]
@@ -53,7 +60,7 @@ def _sift_down(scores, documents, size, position):
     scores[position], documents[position] = score, document
 
 
-@njit(cache=True, nogil=True)
+@_compiled
 def _push(scores, documents, size, score, document):
     """Put a result into the heap; the caller knows that it is better than the worst. Returns the heap's size."""
     if size < scores.size:
@@ -71,8 +78,9 @@ def _push(scores, documents, size, score, document):
     return size
 
 
-@njit(cache=True, nogil=True)
+@_compiled
 def search_segment(
+    accumulator,
     term_offsets,
     documents,
     weights,
@@ -89,6 +97,7 @@ def search_segment(
     """Merge the best documents of one segment into the heaps of the queries.
 
     Args:
+        accumulator: (BLOCK_SIZE,) float32 zeros; zeros again afterwards.
         term_offsets: (blocks, num_terms + 1) int64, positions in `documents` and `weights`.
         documents: (postings,) uint16, numbered within the block.
         weights: (postings,) float32.
@@ -100,17 +109,15 @@ def search_segment(
         top_documents: (queries, k) int64, changed.
         top_sizes: (queries,) int64, how full the heaps are, changed.
     """
-    accumulator = np.zeros(BLOCK_SIZE, dtype=np.float32)
     for block in range(term_offsets.shape[0]):
         offsets = term_offsets[block]
         block_start = block * BLOCK_SIZE
         block_length = min(BLOCK_SIZE, num_documents - block_start)
         for query in range(query_indptr.size - 1):
             for entry in range(query_indptr[query], query_indptr[query + 1]):
-                weight = query_weights[entry]
                 term = query_indices[entry]
-                for position in range(offsets[term], offsets[term + 1]):
-                    accumulator[documents[position]] += weight * weights[position]
+                start, end = offsets[term], offsets[term + 1]
+                _accumulate(accumulator, documents[start:end], weights[start:end], query_weights[entry])
             top_sizes[query] = _collect(
                 accumulator,
                 block_length,
@@ -123,28 +130,36 @@ def search_segment(
             )
 
 
-@njit(cache=True, nogil=True)
+@_compiled
+def _accumulate(accumulator, documents, weights, query_weight):
+    # Arrays counted from zero: the compiler then knows that no index is negative.
+    for posting in range(documents.size):
+        accumulator[documents[posting]] += query_weight * weights[posting]
+
+
+@_compiled
 def _collect(accumulator, block_length, deleted, block_start, first_document, scores, documents, size):
     """Take the scores above the worst kept one out of the accumulator, and empty it. Returns the heap's size."""
     threshold = scores[0] if size == scores.size else np.float32(0)
-    for start in range(0, block_length, _SCAN_SIZE):
-        end = min(start + _SCAN_SIZE, block_length)
-        above = 0
-        for document in range(start, end):
-            above += accumulator[document] > threshold
+    # Strips of a constant length, which the compiler turns into vector instructions.
+    for start in range(0, block_length, _STRIP):
+        strip = accumulator[start : start + _STRIP]
+        above = np.int32(0)
+        for number in range(_STRIP):
+            above += np.int32(strip[number] > threshold)
         if above:
-            for document in range(start, end):
-                score = accumulator[document]
+            for number in range(_STRIP):
+                document = start + number
+                score = strip[number]
                 if score > threshold and (deleted.size == 0 or deleted[block_start + document] == 0):
                     size = _push(scores, documents, size, score, first_document + document)
                     if size == scores.size:
                         threshold = scores[0]
-        for document in range(start, end):
-            accumulator[document] = 0
+        strip[:] = 0
     return size
 
 
-@njit(cache=True, nogil=True)
+@_compiled
 def sort_heaps(top_scores, top_documents, top_sizes):
     """Turn every heap into a list, best result first; of equal scores the earlier document."""
     for query in range(top_sizes.size):

@@ -452,6 +452,24 @@ def test_a_read_only_index_is_searched_but_not_changed() -> None:
         assert contents(index.folder) == before
 
 
+def test_search_runs_where_compiled_code_cannot_be_stored(small: tuple[SparseIndex, SparseEmbeddings]) -> None:
+    """As in a container whose file system is read-only; here numba is left with no place that it would try."""
+    index, _ = small
+    program = """
+import sys
+from rarezoo.retrieval import SparseIndex
+import scipy.sparse
+query = scipy.sparse.csr_matrix(([1.0], ([0], [7])), shape=(1, 20), dtype="float32")
+print(SparseIndex.open(sys.argv[1]).search(query))
+"""
+    environment = {**os.environ, "NUMBA_CACHE_LOCATOR_CLASSES": "UserProvidedCacheLocator", "NUMBA_CACHE_DIR": ""}
+    arguments = [sys.executable, "-c", program, str(index.folder)]
+    finished = subprocess.run(arguments, capture_output=True, text=True, env=environment)
+    assert finished.returncode == 0, finished.stderr
+    query = scipy.sparse.csr_matrix(([1.0], ([0], [7])), shape=(1, 20), dtype=np.float32)
+    assert finished.stdout.strip() == str(index.search(query))
+
+
 def test_one_query_reads_little_of_a_large_index(tmp_path: Path) -> None:
     """A process that opens 60 MB of index and asks for one rare term grows by far less."""
     if not Path("/proc/self/status").exists():
