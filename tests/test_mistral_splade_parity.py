@@ -1,5 +1,6 @@
 """Mistral-SPLADE against numbers of independent implementations, at the tolerances of the fixtures' README."""
 
+import functools
 import json
 import shutil
 
@@ -18,8 +19,9 @@ KINDS = ("query", "document", "negative")
 
 @pytest.fixture(scope="module")
 def load(splade_checkpoint):
-    """`load(attention="sdpa", **fields)`: the fixture's model, some configuration fields replaced."""
+    """`load(attention="sdpa", **fields)`: the fixture's model, some configuration fields replaced; loaded once."""
 
+    @functools.cache
     def load(attention="sdpa", **fields):
         model = AutoModel.from_pretrained(splade_checkpoint, attn_implementation=attention, **fields)
         return model.to(DEVICE).eval()
