@@ -212,6 +212,9 @@ def to_official(
             target = _make_subfolder(staging, name)
             weights = _write_official(encoder, layout, target, writing, base)
             reports.append(_report(Path(destination) / name, layout, encoder, weights))
+            if encoder.role:  # Tevatron loads one tokenizer, from the root
+                for file in _tokenizer_files(target):
+                    shutil.copyfile(file, staging / file.name)
     return ConversionReport(FAMILY, str(source), source_layout, "official", tuple(reports))
 
 
@@ -225,7 +228,7 @@ def _write_official(
         return _write_adapter_alone(encoder, config, target, base)
     if layout == "naver":
         return _write_sparse_encoder(encoder, config, processor, target, writing)
-    plain = MistralConfig(**{name: getattr(config, name) for name in MistralConfig.__annotations__})
+    plain = _plain_config(config)
     weights = _write_weights(encoder, plain, MistralForCausalLM, reverse(BACKBONE_RULES), target, writing)
     plain.save_pretrained(target)
     _write_plain_tokenizer(processor, target)
@@ -234,6 +237,13 @@ def _write_official(
     settings = ", ".join(f"{name}={getattr(config, name)!r}" for name in RETRIEVAL_FIELDS)
     encoder.notes.append(f"A plain Mistral folder does not hold the templates and these settings: {settings}.")
     return weights
+
+
+def _plain_config(config: MistralSpladeConfig) -> MistralConfig:
+    fields = {name: getattr(config, name) for name in MistralConfig.__annotations__}
+    if config.attention_mode == "bidirectional":
+        fields["is_causal"] = False  # transformers 5 leaves the causal mask out
+    return MistralConfig(**fields)
 
 
 def _write_sparse_encoder(
@@ -316,7 +326,8 @@ def _build_processor(
 
 def _stored_processor_options(encoder: Encoder, tokenizer: PreTrainedTokenizerBase, mode: str) -> dict[str, Any]:
     for folder in encoder.folders:
-        if (folder / "processor_config.json").exists():
+        path = folder / "processor_config.json"
+        if path.exists() and read_json(path).get("processor_class") == MistralSpladeProcessor.__name__:
             stored = MistralSpladeProcessor.from_pretrained(folder, local_files_only=True)
             if stored.attention_mode == mode:
                 return {name: getattr(stored, name) for name in _PROCESSOR_OPTIONS}
@@ -346,10 +357,14 @@ def _templates_in_own_tokens(encoder: Encoder, tokenizer: PreTrainedTokenizerBas
     return options
 
 
+def _tokenizer_files(folder: Path) -> list[Path]:
+    return [folder / name for name in _TOKENIZER_FILES if (folder / name).exists()]
+
+
 def _read_tokenizer(encoder: Encoder, source: str | os.PathLike | None) -> PreTrainedTokenizerBase:
     folders = [locate_checkpoint(source)] if source is not None else encoder.folders
     for folder in folders:
-        if any((folder / name).exists() for name in _TOKENIZER_FILES):
+        if _tokenizer_files(folder):
             try:
                 return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             except (ValueError, OSError, KeyError) as error:

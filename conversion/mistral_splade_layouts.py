@@ -158,7 +158,8 @@ def _read_sparse_encoder(encoder: Encoder) -> None:
             "The source does not say how its code masks attention; a causal mask is assumed. "
             "If it was trained without one, give attention_mode 'bidirectional'."
         )
-    encoder.dropped["*.py"] = "the source's own code; rarezoo's takes its place"
+    for file in encoder.folder.glob("*.py"):
+        encoder.dropped[file.name] = "the source's own code; rarezoo's takes its place"
 
 
 def _check_pooler(folder: Path) -> dict[str, str]:

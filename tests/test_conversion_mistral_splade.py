@@ -252,6 +252,11 @@ class TestHuggingFaceLayout:
         assert (target / "generation_config.json").exists()
         assert not (target / "README.md").exists()
 
+    def test_another_family_s_processor_is_not_read(self, mistral, target):
+        (mistral / "processor_config.json").write_text('{"processor_class": "OtherProcessor", "max_query_length": 3}')
+        to_rarezoo(mistral, target)
+        assert AutoProcessor.from_pretrained(target).max_query_length == 256
+
     def test_processor_options(self, mistral, target):
         options = {"query_template": "<s>{!%%prompt%%}{%%text%%}", "prompt": "find", "max_query_length": 9}
         to_rarezoo(mistral, target, processor_options=options)
@@ -490,7 +495,8 @@ class TestTevatronLayout:
             source, back = MistralForCausalLM.from_pretrained(pair / name), read_weights(tmp_path / "back" / name)
             assert source.state_dict().keys() == back.keys()
             assert all(torch.equal(tensor, back[key]) for key, tensor in source.state_dict().items())
-            assert AutoTokenizer.from_pretrained(tmp_path / "back" / name).bos_token == "<s>"
+        for folder in (tmp_path / "back", tmp_path / "back" / "query_model"):
+            assert AutoTokenizer.from_pretrained(folder).get_vocab() == AutoTokenizer.from_pretrained(pair).get_vocab()
         with pytest.raises(ConversionError, match="layout 'tevatron' takes a pair"):
             to_official(target, tmp_path / "other")
 
@@ -557,6 +563,7 @@ class TestNaverLayout:
         folder = naver(**options)
         report = to_rarezoo(folder, target)
         assert report.source_layout == "naver"
+        assert report.folders[0].dropped == {"splade.py": "the source's own code; rarezoo's takes its place"}
         assert any("a causal mask is assumed" in note for note in report.folders[0].notes)
         model = AutoModel.from_pretrained(target)
         peer = sparse_encoder(folder)
@@ -726,6 +733,19 @@ class TestBackToOfficial:
         name, difference = printed.splitlines()[-2:]
         assert name == "MistralForCausalLM 160"
         assert float(difference) <= TOLERANCE
+
+    @pytest.mark.parametrize("attention", ["eager", "sdpa"])
+    def test_a_bidirectional_model_stays_one(self, attention, mistral, target, tmp_path, references):
+        to_rarezoo(mistral, target, config_options={"attention_mode": "bidirectional"})
+        to_official(target, tmp_path / "back")
+        plain = references("plain")
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "back", attn_implementation=attention)
+        with torch.no_grad():
+            logits = model(plain["input_ids_right"], attention_mask=plain["attention_mask_right"]).logits
+        marked = logits.relu().log1p() * plain["attention_mask_right"][:, :, None]
+        assert (marked.amax(1) - plain["rep_max_bidirectional"]).abs().max() <= TOLERANCE
+        to_rarezoo(tmp_path / "back", tmp_path / "again")
+        assert AutoConfig.from_pretrained(tmp_path / "again").attention_mode == "bidirectional"
 
     def test_the_tokenizer_survives(self, mistral, target, tmp_path, inputs):
         to_rarezoo(mistral, target)
