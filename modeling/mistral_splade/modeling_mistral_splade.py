@@ -314,6 +314,11 @@ class MistralSpladeForRetrieval(MistralSpladePreTrainedModel):
         Returns:
             (n, m): a float32 numpy array for scipy inputs, else a dense tensor (differentiable for dense inputs).
         """
+        if isinstance(queries, torch.Tensor) != isinstance(documents, torch.Tensor):
+            raise TypeError(
+                f"queries and documents must be of the same kind; found {type(queries).__name__} and "
+                f"{type(documents).__name__}"
+            )
         if queries.shape[-1] != documents.shape[-1]:
             raise ValueError(
                 f"queries have {queries.shape[-1]} dimensions and documents {documents.shape[-1]}; "
@@ -420,8 +425,10 @@ def _dense_row(embedding, vocab_size: int) -> torch.Tensor:
     if isinstance(embedding, torch.Tensor):
         row = embedding.detach()
         row = row.to_dense() if row.layout != torch.strided else row
-    else:
+    elif hasattr(embedding, "toarray"):
         row = torch.from_numpy(embedding.toarray())
+    else:
+        raise TypeError(f"expected a text, a scipy sparse row or a tensor; found {type(embedding).__name__}")
     if row.numel() != vocab_size:
         raise ValueError(f"expected one row of {vocab_size} weights; found shape {tuple(embedding.shape)}")
     return row.reshape(-1)
