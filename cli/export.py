@@ -91,7 +91,8 @@ def _export_onnx(source: str, output: Path) -> None:
     from rarezoo.conversion.engine import staged_folder
 
     retriever, processor = load_retriever(source, device="cpu", dtype="float32")
-    # The shapes of the sample are not baked in: two texts of different length, so that nothing has size 1.
+    retriever.requires_grad_(False)  # a graph for training would fix the batch size
+    # The shapes of the sample are not baked in, but no dimension of it may be 1.
     inputs = dict(processor.process_documents(["a sample text", "another, somewhat longer sample text"]))
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=retriever.config.max_position_embeddings)
     shapes = {name: {0: batch, 1: length} for name in inputs}

@@ -77,14 +77,20 @@ def head_factors(head: nn.Module, hidden: torch.Tensor) -> list[tuple[torch.Tens
     if hasattr(head, "lora_A"):
         return _lora_factors(head, hidden)
     # Quantized layers subclass nn.Linear, or keep the class and hold a tensor subclass as weight.
-    if type(head) is nn.Linear and head.bias is None and type(head.weight) in (nn.Parameter, torch.Tensor):
+    if type(head) is nn.Linear and head.bias is None and _is_plain(head.weight):
         return [(hidden, head.weight)]
     return None
 
 
+def _is_plain(weight: torch.Tensor) -> bool:
+    """Not a tensor subclass; while a program is exported, plain weights are fakes."""
+    exported = torch.compiler.is_exporting() and not hasattr(weight, "__tensor_flatten__")
+    return exported or type(weight) in (nn.Parameter, torch.Tensor)
+
+
 def _lora_factors(head: nn.Module, hidden: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
     base = head.base_layer
-    if type(base) is not nn.Linear or base.bias is not None or type(base.weight) not in (nn.Parameter, torch.Tensor):
+    if type(base) is not nn.Linear or base.bias is not None or not _is_plain(base.weight):
         return None
     if head.merged:
         return None if head.disable_adapters else [(hidden, base.weight)]
