@@ -23,6 +23,7 @@ import scipy.sparse
 import torch
 from measure import interleaved, report, rounded
 from numba import set_num_threads
+from safetensors.numpy import load_file
 from splade_index import SPLADE
 
 from rarezoo.retrieval import SparseEmbeddings, SparseIndex
@@ -143,6 +144,7 @@ def measure(folder: Path, documents, queries, expected: np.ndarray, postings_per
         index = lambda peer=peer: peer.index(encoded, texts, show_progress=False, compile_numba_code=False)  # noqa: E731
         building[f"{name}, in memory"] = seconds(index)
     building["splade-index, saving"] = seconds(lambda: peers["splade-index (numba)"].save(folder / "peer"))
+    peer_bytes = folder_bytes(folder / "peer")  # before opening it memory-mapped, which unpacks it there
     opening = {
         "rarezoo": seconds(lambda: SparseIndex.open(folder / "index")),
         "splade-index": seconds(lambda: SPLADE.load(folder / "peer", encoded)),
@@ -183,6 +185,8 @@ def measure(folder: Path, documents, queries, expected: np.ndarray, postings_per
             ),
         }
 
+    segment = load_file(next((folder / "index").glob("segment-*.safetensors")))
+    postings = peers["splade-index (numba)"].scores
     figures = {
         "documents": DOCUMENTS,
         "postings": int(documents.nnz),
@@ -194,9 +198,10 @@ def measure(folder: Path, documents, queries, expected: np.ndarray, postings_per
         "build seconds": building,
         "open seconds": opening,
         "bytes per posting": {
-            "rarezoo, postings": 6,
+            "rarezoo, postings": (segment["documents"].nbytes + segment["weights"].nbytes) / documents.nnz,
             "rarezoo, whole folder": round(folder_bytes(folder / "index") / documents.nnz, 2),
-            "splade-index in memory": 8,
+            "splade-index, in memory": (postings["indices"].nbytes + postings["data"].nbytes) / documents.nnz,
+            "splade-index, whole folder": round(peer_bytes / documents.nnz, 2),
         },
         "rarezoo, seconds to compile on first use": round(seconds_of_first_use(folder / "index"), 2),
     }

@@ -40,7 +40,7 @@ def documents():
 model = MistralSpladeForRetrieval.from_pretrained(checkpoint)
 processor = MistralSpladeProcessor.from_pretrained(checkpoint)
 embeddings = encode_corpus(model, processor, documents(), target, batch_size=4, shard_size=6, top_k=20)
-print(len(embeddings))
+print(f"{len(embeddings)}\\n", end="", flush=True)  # one write: processes share the output
 """
 SAME_JOB = {"batch_size": 4, "shard_size": 6, "top_k": 20}
 
@@ -138,7 +138,7 @@ def test_a_killed_job_resumes_without_loss_or_duplicates(
     model, processor, documents, splade_checkpoint: Path, corpus_file: Path, one_process: Path, tmp_path: Path
 ) -> None:
     target = tmp_path / "killed"
-    arguments = job(splade_checkpoint, corpus_file, target, seconds=0.05)
+    arguments = job(splade_checkpoint, corpus_file, target, seconds=0.15)
     process = subprocess.Popen(arguments, env=one_thread(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 200
     while len(list(target.glob("shard-*"))) < 3:
