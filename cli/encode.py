@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -46,6 +47,8 @@ def encode(
         shard_size=shard_size,
         top_k=top_k,
     )
+    if int(os.environ.get("RANK", "0")):  # of several processes one answers
+        return
     answer = {
         "folder": str(output),
         "texts": len(embeddings),

@@ -98,7 +98,8 @@ def _quantization(config: Any, report: dict[str, Any] | None) -> dict[str, Any] 
         return None
     if settings is not None and not isinstance(settings, dict):
         settings = settings.to_dict()
-    return {"scheme": report["scheme"] if report else settings["quant_method"], "settings": settings, "report": report}
+    scheme = report["scheme"] if report else (settings or {}).get("quant_method")
+    return {"scheme": scheme, "settings": settings, "report": report}
 
 
 def _folder_files(folder: Path) -> dict[str, int]:

@@ -179,6 +179,28 @@ def test_encode_is_what_the_model_says_and_goes_on(splade_checkpoint, collection
     assert {path: path.stat().st_mtime_ns for path in embeddings.glob("*.safetensors")} == shards
 
 
+@pytest.mark.slow
+def test_two_processes_write_the_same_files(splade_checkpoint, collection, embeddings, tmp_path):
+    launch = "accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no".split()
+    command = ["-m", *launch, "--dynamo_backend", "no", "-m", "rarezoo.cli", "encode"]
+    finished = subprocess.run(
+        [sys.executable, *command, splade_checkpoint, collection, tmp_path / "out", "--batch-size=2", "--shard-size=3"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert len(finished.stdout.splitlines()) == 1
+    names = sorted(path.name for path in embeddings.iterdir())
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    from rarezoo.retrieval import SparseEmbeddings
+
+    one, two = SparseEmbeddings.open(embeddings), SparseEmbeddings.open(tmp_path / "out")
+    assert list(one.ids) == list(two.ids)
+    assert np.abs((one.matrix - two.matrix).toarray()).max() < 1e-6
+
+
 def test_search_agrees_with_brute_force(splade_checkpoint, index, collection, scores):
     for query, text in QUERIES.items():
         found = answer("search", index, text, "--model", splade_checkpoint, "--corpus", collection, "--terms", 1000)
