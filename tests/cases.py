@@ -32,6 +32,7 @@ class Case:
             are the rows of the batch in order, so that the answers of single rows concatenate to that of the batch.
         make_processor: builds the family's processor.
         variants: further configuration fields under which attention must be right.
+        suite_config: fields for transformers' own common tests, which expect its usual initialization.
         quantization_config: fields that give the widths which 4-bit layers need (multiples of 64).
         faulty_configs: configuration fields that must be refused, with a pattern of the message.
     """
@@ -43,6 +44,7 @@ class Case:
     answers: dict[str, Callable[[Any, dict[str, torch.Tensor]], torch.Tensor]]
     make_processor: Callable[[], Any]
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    suite_config: dict[str, Any] = field(default_factory=dict)
     quantization_config: dict[str, Any] = field(default_factory=dict)
     faulty_configs: tuple[tuple[dict[str, Any], str], ...] = ()
 
@@ -128,6 +130,7 @@ CASES = {
                 "sum_shifted": dict(attention_mode="echo", pooling="sum", logit_shift=1),
                 "last": dict(attention_mode="plain", pooling="last", activation="log1p_log1p_relu", logit_scale=0.4),
             },
+            suite_config=dict(attention_mode="plain", initializer_range=0.02),
             quantization_config=dict(hidden_size=64, intermediate_size=128, head_dim=16),
             faulty_configs=(
                 (dict(pooling=3), "'pooling' expected str, got int"),
