@@ -171,7 +171,7 @@ def measure(folder: Path, documents, queries, expected: np.ndarray, postings_per
         )
     found = {name: together() for name, (together, _) in engines.items()}
     found["rarezoo"] = [[int(document) for document, _ in row] for row in found["rarezoo"]]
-    all_at_once = interleaved({name: together for name, (together, _) in engines.items()}, 25)
+    all_at_once = interleaved({name: together for name, (together, _) in engines.items()}, 75)
     one_by_one = interleaved(
         {name: lambda single=single: [single(row) for row in range(QUERIES)] for name, (_, single) in engines.items()},
         15,
