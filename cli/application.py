@@ -47,8 +47,8 @@ _EXTRAS = {
     "torchao": "quant",
 }
 
-# They report on the machine (no Triton, no CUDA extension), not on the command.
-_CHATTY_LOGGERS = ("torchao", "torch.utils._pytree")
+# They report on the machine (no Triton, no CUDA extension) and on every call (a cast to float16), not on the command.
+_CHATTY_LOGGERS = ("bitsandbytes", "torchao", "torch.utils._pytree")
 
 
 # In the order in which a newcomer meets them.
