@@ -13,6 +13,8 @@ from rarezoo.auto import FAMILIES
 
 from .cases import CASES, auto
 
+peft = pytest.importorskip("peft")
+
 LOAD_ANSWER_SAVE = """
 import json, os, pickle, sys
 import torch, transformers
@@ -39,6 +41,9 @@ def answers(folder):
         return result, [model, processor]
     return result, [model]
 
+with torch.no_grad():
+    adapted = load("AutoModel", f"{work}/adapter").eval()(**load_file(f"{work}/AutoModel_inputs.safetensors"))
+    save_file({"adapted": adapted[0]}, f"{work}/adapted.safetensors")
 try:
     load("AutoModel", f"{work}/first", trust_remote_code=False)
 except ValueError as error:
@@ -86,13 +91,24 @@ def checkpoint(request, tmp_path_factory):
     return case, work, expected
 
 
+def add_adapter(case, work) -> torch.Tensor:
+    """Save a LoRA adapter whose base is the checkpoint; the adapted answer."""
+    model = auto("AutoModel").from_pretrained(work / "first")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(init_lora_weights=False)).eval()
+    adapted.save_pretrained(work / "adapter")
+    with torch.no_grad():
+        return adapted(**load_file(work / "AutoModel_inputs.safetensors"))[0]
+
+
 def test_without_the_plugin(checkpoint, run_without_rarezoo):
     """Where nobody has heard of rarezoo: refused without trust; with it, answers bit-equal, saved there, loaded from
     there, twice."""
     case, work, expected = checkpoint
     texts = TEXTS if FAMILIES[case.family].processor else []
+    adapted = add_adapter(case, work)
     said = run_without_rarezoo(LOAD_ANSWER_SAVE, CASE=json.dumps([str(work), list(case.heads), texts]))
     assert "trust_remote_code=True" in said
+    assert torch.equal(load_file(work / "adapted.safetensors")["adapted"], adapted)
     for source in ("first", "second"):
         answers = load_file(work / f"{source}_answers.safetensors")
         assert answers.keys() == expected.keys()

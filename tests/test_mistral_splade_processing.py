@@ -87,6 +87,24 @@ def test_repeat_mode_doubles_the_ids(tokenizer, inputs, echo):
         assert packed["pool_mask"][row].nonzero().flatten().tolist() == list(range(len(copy), 2 * len(copy)))
 
 
+def test_padding_between_copies_follows_the_template(tokenizer):
+    """The second copy begins with the first pooled piece; what the template does not pool is not pooled."""
+    template = "<s>again and again {!%%text%%}:{%%text%%}\n{</s>}"
+    processor = MistralSpladeProcessor(
+        tokenizer, attention_mode="repeat", document_template=template, pad_between_copies=True
+    )
+    texts = ["the cat", "the capital of france is paris"]
+    batch, packed = processor(texts), MistralSpladeProcessor(tokenizer, document_template=template)(texts)
+    for row, text in enumerate(texts):
+        copy = tokenizer.tokenize(text)
+        assert tokens(processor, batch, row) == tokens(processor, packed, row)
+        assert tokens(processor, batch, row, only_pooled=True) == [*copy, "</s>"]
+    second = [mask.nonzero()[0].item() for mask in batch["pool_mask"]]
+    with pytest.raises(ValueError, match="pads each copy on the right; found padding_side='left'"):
+        processor.process_documents(texts, padding_side="left")
+    assert second[0] == second[1] and batch["attention_mask"][0, second[0] - 1] == 0
+
+
 def test_pieces_are_tokenized_separately(processor, inputs, echo):
     """The joined string gives other ids: the pieces' own word-start marks are missing. And one <s>, not two."""
     for row, text in enumerate(inputs["documents"]):

@@ -120,6 +120,8 @@ class MistralSpladeProcessor(ProcessorMixin):
         """
         if padding_side not in ("right", "left"):
             raise ValueError(f"padding_side must be 'right' or 'left'; found {padding_side!r}")
+        if self.pad_between_copies and padding_side == "left":
+            raise ValueError("pad_between_copies pads each copy on the right; found padding_side='left'")
         if not items:
             raise ValueError("expected at least one text; found none")
         pieces = [self._fill_template(kind, values) for kind, values in items]
@@ -129,9 +131,7 @@ class MistralSpladeProcessor(ProcessorMixin):
         ]
         if self.pad_between_copies:
             return self._pad_each_copy(rows)
-        ids = [[token for tokens, _ in row for token in tokens] for row in rows]
-        pooled = [[int(pool) for tokens, pool in row for _ in tokens] for row in rows]
-        return BatchEncoding(self._pad(ids, pooled, padding_side))
+        return BatchEncoding(self._pad(rows, padding_side))
 
     def token(self, token_id: int) -> str:
         """Surface form of a vocabulary entry; "<id N>" for entries of a padded head that the tokenizer does not
@@ -213,7 +213,10 @@ class MistralSpladeProcessor(ProcessorMixin):
                 token_ids.update(zip([(text, verbatim) for text in texts], encoded["input_ids"]))
         return token_ids
 
-    def _pad(self, ids: list[list[int]], pooled: list[list[int]], padding_side: str) -> dict[str, torch.Tensor]:
+    def _pad(self, rows: list[list[tuple[list[int], bool]]], padding_side: str) -> dict[str, torch.Tensor]:
+        """Tensors of rows of pieces (ids, pooled)."""
+        ids = [[token for tokens, _ in row for token in tokens] for row in rows]
+        pooled = [[int(pool) for tokens, pool in row for _ in tokens] for row in rows]
         length = max(1, *(len(row) for row in ids))
         input_ids = torch.full((len(ids), length), self._padding_id, dtype=torch.long)
         attention_mask = torch.zeros_like(input_ids)
@@ -225,13 +228,13 @@ class MistralSpladeProcessor(ProcessorMixin):
             pool_mask[i, place] = torch.tensor(pool, dtype=torch.long)
         return {"input_ids": input_ids, "attention_mask": attention_mask, "pool_mask": pool_mask}
 
-    def _pad_each_copy(self, rows) -> BatchEncoding:
-        """First copies padded to one length, then second copies: positions run through the padding between them."""
-        first = [[token for tokens, _ in row[: len(row) // 2] for token in tokens] for row in rows]
-        second = [[token for tokens, _ in row[len(row) // 2 :] for token in tokens] for row in rows]
-        halves = [self._pad(copy, [[1] * len(ids) for ids in copy], "right") for copy in (first, second)]
-        halves[0]["pool_mask"].zero_()
-        joined = {name: torch.cat([half[name] for half in halves], dim=1) for name in halves[0]}
+    def _pad_each_copy(self, rows: list[list[tuple[list[int], bool]]]) -> BatchEncoding:
+        """First copies padded to one length, then second copies, which begin with the first pooled piece: positions run
+        through the padding between them."""
+        starts = [next((i for i, (_, pooled) in enumerate(row) if pooled), len(row)) for row in rows]
+        first = self._pad([row[:start] for row, start in zip(rows, starts)], "right")
+        second = self._pad([row[start:] for row, start in zip(rows, starts)], "right")
+        joined = {name: torch.cat([first[name], second[name]], dim=1) for name in first}
         joined["position_ids"] = torch.arange(joined["input_ids"].shape[1]).expand_as(joined["input_ids"])
         return BatchEncoding(joined)
 
