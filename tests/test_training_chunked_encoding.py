@@ -14,6 +14,15 @@ FIXTURES = Path(__file__).parent / "fixtures" / "mistral_splade"
 EXPECTED = json.loads((FIXTURES / "losses.json").read_text())
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Matrices this small lose time to every further thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def fixture_model(**overrides):
     settings = json.loads((FIXTURES / "config.json").read_text())
     for key in ("architectures", "model_type", "dtype"):

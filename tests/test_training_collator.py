@@ -70,7 +70,7 @@ def test_parse_row(row, expected):
         ([{"query": "q", "positive": "p", "negative": "n", "scores": [1.0, float("nan")]}], "finite"),
         ([{"query": "q", "positive": "p", "negative": "n", "margin": [1.0, 2.0]}], "'margin' must hold 1"),
         (
-            [{"query": "q", "positive": "p", "negative": "n", "margin": 1.0}, {"query": "q", "positive": "p", "negative": "n"}],
+            [{"query": "q", "positive": "p", "negative": "n", **teacher} for teacher in ({"margin": 1.0}, {})],
             "teacher's margins",
         ),
         ([{"query_id": "q1", "positive": "p"}], "pass queries="),

@@ -101,7 +101,7 @@ class SparseRetrievalTrainer(Trainer):
             args.gradient_accumulation_steps = 1
         if mini_batch_size is not None and mini_batch_size < 1:
             raise ValueError(f"mini_batch_size must be at least 1, found {mini_batch_size}")
-        self.objective = objective or SparseObjective()
+        self.objective: SparseObjective = objective or SparseObjective()
         self.mini_batch_size = mini_batch_size
         self._metrics: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         super().__init__(

@@ -1,0 +1,81 @@
+"""Reading training rows and tables of texts."""
+
+import gzip
+import json
+
+import pytest
+from datasets import Dataset
+
+from rarezoo.training import read_text_table, read_training_rows
+
+ROWS = [{"query": 'say "hi"', "positive": "grüße"}, {"query": "b\u2028c", "positive": "d"}]
+
+
+def write_jsonl(path, rows):
+    opened = gzip.open(path, "wt", encoding="utf-8") if path.suffix == ".gz" else path.open("w", encoding="utf-8")
+    with opened as lines:
+        lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return path
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.tsv", "rows.tsv.gz", "rows.parquet", "saved"])
+def test_every_format_gives_the_same_rows(tmp_path, name):
+    path = tmp_path / name
+    if "jsonl" in name:
+        write_jsonl(path, ROWS)
+    elif "tsv" in name:
+        text = "query\tpositive\n" + "".join(f"{row['query']}\t{row['positive']}\n" for row in ROWS)
+        path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    elif name == "saved":
+        Dataset.from_list(ROWS).save_to_disk(str(path))
+    else:
+        Dataset.from_list(ROWS).to_parquet(str(path))
+    rows = read_training_rows(path)
+    assert len(rows) == 2
+    assert [dict(row) for row in rows] == ROWS
+
+
+def test_numbers_in_tsv(tmp_path):
+    path = tmp_path / "rows.tsv"
+    path.write_text("query\tpositive\tnegative\tmargin\tscores\nq\tp\tn\t1.5\t2,0.5\n")
+    assert read_training_rows(path)[0] == {
+        "query": "q",
+        "positive": "p",
+        "negative": "n",
+        "margin": 1.5,
+        "scores": [2.0, 0.5],
+    }
+
+
+def test_text_table(tmp_path):
+    rows = [
+        {"_id": "a", "text": "one"},
+        {"id": 7, "text": "two", "title": "Second"},
+        {"_id": "c", "text": "", "title": ""},
+    ]
+    assert read_text_table(write_jsonl(tmp_path / "corpus.jsonl", rows)) == {"a": "one", "7": "Second two", "c": ""}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "error", "message"),
+    [
+        ("missing.jsonl", None, FileNotFoundError, "no training data at"),
+        ("rows.xlsx", "x", ValueError, r"expected \.jsonl"),
+        ("rows.jsonl", "", ValueError, "holds no rows"),
+        ("rows.jsonl", '{"query": "a"}\n{"query": ', ValueError, "line 2: not valid JSON"),
+        ("rows.jsonl", "[1]\n", ValueError, "line 1: expected a JSON object, found list"),
+        ("rows.tsv", "query\tpositive\na\n", ValueError, "line 2: expected 2 tab-separated values"),
+        ("rows.tsv", "query\tpositive\na\tb\tc\n", ValueError, "line 2: expected 2 tab-separated values"),
+    ],
+)
+def test_clear_errors(tmp_path, name, content, error, message):
+    path = tmp_path / name
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(error, match=message):
+        read_training_rows(path)
+
+
+def test_text_table_without_ids(tmp_path):
+    with pytest.raises(ValueError, match="row 1: expected columns '_id'"):
+        read_text_table(write_jsonl(tmp_path / "corpus.jsonl", [{"text": "one"}]))

@@ -1,0 +1,327 @@
+"""Carrying out a `SparseTrainingRecipe`: build, train, export."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint, set_seed
+from transformers.utils import logging
+
+from rarezoo.auto import FAMILIES, Family
+from rarezoo.configs import load_preset, read_preset
+from rarezoo.training.collator import RetrievalCollator, parse_row
+from rarezoo.training.data import read_text_table, read_training_rows
+from rarezoo.training.from_scratch import initialize_as_lexical_matcher, train_tokenizer
+from rarezoo.training.recipe import RECIPE_FILE, SparseTrainingRecipe, write_whole
+from rarezoo.training.trainer import SparseRetrievalTrainer
+
+logger = logging.get_logger(__name__)
+
+LOG_FILE = "training_log.json"
+ADAPTER_FOLDER = "adapter"
+CHECKPOINT_FOLDER = "checkpoints"
+# Full fine-tuning needs 16 bytes per parameter: above this many it is too much for most machines.
+LARGE_BACKBONE = 500_000_000
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def train(
+    recipe: SparseTrainingRecipe,
+    output_dir: str | Path,
+    *,
+    rows: Rows | None = None,
+    evaluation_rows: Rows | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Train a retriever and save it.
+
+    `output_dir` becomes a checkpoint for AutoModel and AutoProcessor, with `training_recipe.json` and
+    `training_log.json` (all log entries). After LoRA training it holds the merged model, and `adapter/` the adapter
+    alone. Intermediate checkpoints stand in `checkpoints/`.
+
+    Args:
+        recipe: what to do.
+        output_dir: a new or empty folder; with `resume`, that of the interrupted run.
+        rows: training rows, instead of `recipe.training_data`.
+        evaluation_rows: rows whose losses are logged ten times, instead of `recipe.evaluation_data`.
+        callbacks: further Trainer callbacks; they get `model` and `processing_class` (the processor).
+        resume: go on from the last checkpoint in `output_dir`, with the same recipe and rows.
+
+    Returns:
+        The last logged training metrics, `steps`, `train_runtime` in seconds, and `output_dir`.
+
+    Raises:
+        FileExistsError: the folder is not empty and `resume` is False.
+        FileNotFoundError, ValueError: data or model are missing, or the recipe cannot be carried out.
+    """
+    output_dir = Path(output_dir)
+    processes = PartialState()
+    if processes.is_main_process:
+        _claim_folder(recipe, output_dir, resume)
+    processes.wait_for_everyone()
+    checkpoints = output_dir / CHECKPOINT_FOLDER
+    rows = _rows(rows, recipe.training_data, "training_data")
+    if evaluation_rows is None and recipe.evaluation_data is not None:
+        evaluation_rows = read_training_rows(recipe.evaluation_data)
+    queries = read_text_table(recipe.queries) if recipe.queries else None
+    corpus = read_text_table(recipe.corpus) if recipe.corpus else None
+    set_seed(recipe.seed)
+    model: Any
+    if recipe.model is None:
+        model, processor = build_from_preset(recipe, rows, queries, corpus)
+    else:
+        model, processor = load_for_training(recipe)
+    args = _training_arguments(recipe, checkpoints, len(rows), evaluation_rows is not None)
+    trainer = SparseRetrievalTrainer(
+        model,
+        args,
+        objective=recipe.objective,
+        mini_batch_size=recipe.mini_batch_size,
+        stop_on_collapse=recipe.stop_on_collapse,
+        train_dataset=rows,
+        eval_dataset=evaluation_rows,
+        data_collator=RetrievalCollator(processor, queries=queries, corpus=corpus),
+        processing_class=processor,
+        callbacks=callbacks,
+    )
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(_QuietProgressCallback)
+    result = trainer.train(
+        resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    )
+    if processes.is_main_process:
+        _export(recipe, trainer.accelerator.unwrap_model(model), processor, trainer.state.log_history, output_dir)
+    processes.wait_for_everyone()
+    logged = [entry for entry in trainer.state.log_history if "ranking_loss" in entry]
+    return {
+        **(logged[-1] if logged else {}),
+        "steps": trainer.state.global_step,
+        "train_runtime": result.metrics["train_runtime"],
+        "output_dir": str(output_dir),
+    }
+
+
+def build_from_preset(
+    recipe: SparseTrainingRecipe,
+    rows: Rows,
+    queries: Mapping[str, str] | None = None,
+    corpus: Mapping[str, str] | None = None,
+) -> tuple[PreTrainedModel, Any]:
+    """A new model of the recipe's preset and its processor, in float32; the rows' texts train the tokenizer.
+
+    Args:
+        recipe: with a `preset`.
+        rows: training rows.
+        queries, corpus: tables of texts, where the rows hold ids.
+    """
+    family, preset = _family(recipe.family), read_preset(recipe.family, str(recipe.preset))
+    examples = [parse_row(row, queries, corpus) for row in rows]
+    documents = list(dict.fromkeys(text for example in examples for text in (example.positive, *example.negatives)))
+    vocabulary_size = recipe.vocabulary_size or recipe.config.get("vocab_size") or preset["config"]["vocab_size"]
+    if recipe.tokenizer is not None:
+        tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer)
+    else:
+        tokenizer = train_tokenizer([*documents, *(example.query for example in examples)], vocabulary_size)
+    settings = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    settings["vocab_size"] = len(tokenizer)
+    config = load_preset(recipe.family, str(recipe.preset), **{**settings, **recipe.config})
+    model = family.model_class()(config).float()
+    processor = _processor_class(family)(tokenizer, **{**preset["processor"], **recipe.processor})
+    _check_pair(config, processor)
+    if recipe.initialization == "lexical":
+        initialize_as_lexical_matcher(model, processor, documents)
+    return model, processor
+
+
+def load_for_training(recipe: SparseTrainingRecipe) -> tuple[Any, Any]:
+    """The recipe's model, with LoRA adapters and 4-bit weights where the recipe says so, and its processor."""
+    config = AutoConfig.from_pretrained(recipe.model, **recipe.config)
+    family = _family(config.model_type)
+    processor = AutoProcessor.from_pretrained(recipe.model, **recipe.processor)
+    _check_pair(config, processor)
+    lora = _uses_lora(recipe, config)
+    model = _load_weights(recipe, family, lora, recipe.quantization)
+    if not lora:
+        return model, processor
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise ImportError("LoRA needs the peft library: pip install 'rarezoo[train]'") from None
+
+    head = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
+    targets = list(recipe.lora_target_modules or family.lora_target_modules) + (head if recipe.lora_on_head else [])
+    settings = LoraConfig(
+        r=recipe.lora_rank, lora_alpha=recipe.lora_alpha, lora_dropout=recipe.lora_dropout, target_modules=targets
+    )
+    return get_peft_model(model, settings), processor
+
+
+def _load_weights(recipe: SparseTrainingRecipe, family: Family, lora: bool, quantization: str | None) -> Any:
+    dtype = recipe.dtype or ("bfloat16" if lora else "float32")
+    options: dict[str, Any] = {"dtype": dtype, **recipe.config}
+    if quantization is not None:
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quantization,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=list(family.full_precision_modules),
+        )
+    return AutoModel.from_pretrained(recipe.model, **options)
+
+
+def _uses_lora(recipe: SparseTrainingRecipe, config: Any) -> bool:
+    if recipe.lora is not None:
+        return recipe.lora
+    if recipe.quantization is not None:
+        return True
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    return getattr(model, model.base_model_prefix).num_parameters() > LARGE_BACKBONE
+
+
+def _family(name: str) -> Family:
+    if name not in FAMILIES or FAMILIES[name].representation != "sparse":
+        known = ", ".join(family.name for family in FAMILIES.values() if family.representation == "sparse")
+        raise ValueError(
+            f"{name!r} is no sparse retriever of rarezoo (known: {known}); turn a language model into one with "
+            "`rarezoo convert` first"
+        )
+    return FAMILIES[name]
+
+
+def _processor_class(family: Family) -> Any:
+    return family.processor_class()
+
+
+def _check_pair(config: Any, processor: Any) -> None:
+    if processor.attention_mode != config.attention_mode:
+        raise ValueError(
+            f"the model reads attention_mode={config.attention_mode!r}, the processor writes "
+            f"{processor.attention_mode!r}; set the same in the recipe's config and processor"
+        )
+
+
+def _claim_folder(recipe: SparseTrainingRecipe, output_dir: Path, resume: bool) -> None:
+    """Store the recipe in the folder, or see that it is the one whose run is resumed."""
+    stored = output_dir / RECIPE_FILE
+    if not resume:
+        if output_dir.exists() and any(output_dir.iterdir()):
+            raise FileExistsError(
+                f"{output_dir} is not empty; choose another folder, or resume the run that began there"
+            )
+        recipe.save(stored)
+        return
+    earlier = SparseTrainingRecipe.load(stored)
+    if earlier != recipe:
+        changed = sorted(name for name, value in earlier.to_dict().items() if recipe.to_dict()[name] != value)
+        raise ValueError(f"cannot resume {output_dir} with another recipe; these fields differ: {', '.join(changed)}")
+    if (output_dir / LOG_FILE).exists():
+        raise FileExistsError(f"the run in {output_dir} is finished; choose another folder")
+
+
+def _rows(rows: Rows | None, path: str | None, name: str) -> Rows:
+    if rows is None:
+        if path is None:
+            raise ValueError(f"no training rows: set {name} in the recipe, or pass rows")
+        rows = read_training_rows(path)
+    if len(rows) == 0:
+        raise ValueError("there are no training rows")
+    return rows
+
+
+def _training_arguments(recipe: SparseTrainingRecipe, folder: Path, rows: int, evaluates: bool) -> TrainingArguments:
+    known = TrainingArguments.__dataclass_fields__
+    # transformers renamed the option within version 5.
+    checkpointing = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    per_epoch = max(rows // (recipe.batch_size * processes), 1)
+    max_steps = recipe.max_steps or math.ceil(recipe.epochs * per_epoch)
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=max_steps,
+        per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=recipe.batch_size,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type=recipe.scheduler,
+        warmup_steps=round(recipe.warmup_ratio * max_steps),
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        bf16=recipe.bf16,
+        logging_steps=recipe.logging_steps,
+        logging_first_step=True,
+        save_strategy="steps" if recipe.save_steps else "no",
+        save_steps=recipe.save_steps or 1,
+        save_total_limit=2,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=max(max_steps // 10, 1),
+        # A smaller last batch would have easier negatives and another FLOPS.
+        dataloader_drop_last=rows >= recipe.batch_size * processes,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to="none",
+        seed=recipe.seed,
+        **{checkpointing: recipe.activation_checkpointing},
+    )
+
+
+def _export(
+    recipe: SparseTrainingRecipe, model: Any, processor: Any, log: list[dict[str, float]], output_dir: Path
+) -> None:
+    """Write the final files beside, then move them into place; the log comes last and marks a finished run."""
+    scratch = output_dir / f".export-{os.getpid()}"
+    try:
+        if hasattr(model, "merge_and_unload"):
+            # The vocabulary head is not saved along with an adapter on it: it is the base model's.
+            model.save_pretrained(scratch / ADAPTER_FOLDER, save_embedding_layers=False)
+            model = _merge(recipe, model, scratch / ADAPTER_FOLDER)
+        model.save_pretrained(scratch)
+        processor.save_pretrained(scratch)
+        for path in sorted(scratch.iterdir()):
+            os.replace(path, output_dir / path.name)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    write_whole(output_dir / LOG_FILE, json.dumps(log, indent=2) + "\n")
+
+
+def _merge(recipe: SparseTrainingRecipe, model: Any, adapter: Path) -> PreTrainedModel:
+    if recipe.quantization is None:
+        return model.merge_and_unload()
+    # Merging into 4-bit weights would round the adapter away: merge into the weights as they were before quantization.
+    from peft import PeftModel
+
+    family = _family(model.get_base_model().config.model_type)
+    base = _load_weights(recipe, family, lora=True, quantization=None)
+    return PeftModel.from_pretrained(base, adapter).merge_and_unload()
+
+
+class _QuietProgressCallback(ProgressCallback):
+    """The progress bar alone, with the figures to watch at its end instead of a printed line for every log entry."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and logs and "ranking_loss" in logs:
+            self.training_bar.set_postfix_str(
+                f"loss {logs['ranking_loss']:.3f}, active {logs['query_active_dimensions']:.0f} (query) "
+                f"{logs['document_active_dimensions']:.0f} (document)"
+            )
