@@ -4,15 +4,14 @@ Speed and size: a backbone of 54 million parameters with the proportions of Mist
 feed-forward 3584, vocabulary 16,384), random weights, about 5 % of the vocabulary active; batches of 8 real texts of
 64 tokens, echoed; one thread, the variants taking turns. Quality: a small model trained on the spot on documentation
 strings of the Python standard library and the installed packages (the first sentence finds the rest; queries held
-out), or a trained checkpoint of your own.
+out), or a trained checkpoint of your own; beside it, the same model with its layers switched off, which tells how
+much there is to lose.
 
     python benchmarks/bench_quantization.py [--checkpoint FOLDER]
 """
 
 import argparse
-import ast
-import random
-import sysconfig
+import logging
 import tempfile
 from pathlib import Path
 
@@ -22,9 +21,10 @@ from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from transformers import AutoModel, AutoProcessor, PreTrainedTokenizerFast, TrainingArguments
 from transformers.utils.logging import disable_progress_bar
 
+from rarezoo.cli.docstring_corpus import DocstringPair, read_docstring_pairs
 from rarezoo.mistral_splade import MistralSpladeConfig, MistralSpladeForRetrieval, MistralSpladeProcessor
 from rarezoo.quantization import EvaluationSet, quantize
-from rarezoo.quantization.fidelity import compare_embeddings, compare_retrieval, weight_file_bytes
+from rarezoo.quantization.fidelity import compare_embeddings, compare_runs, rank, weight_file_bytes
 from rarezoo.training import RetrievalCollator, SparseObjective, SparseRetrievalTrainer
 
 VARIANTS = {
@@ -51,43 +51,10 @@ SMALL = dict(
     num_attention_heads=4,
     num_key_value_heads=2,
     head_dim=64,
-    tie_word_embeddings=True,
 )
-PACKAGES = ("numpy", "scipy", "torch", "transformers", "sklearn")
 BATCH, TEXT_TOKENS, ACTIVE = 8, 64, 0.05
-HELD_OUT, STEPS, TRAINING_BATCH = 300, 160, 32
-
-
-def documentation(limit: int = 9000) -> list[tuple[str, str]]:
-    """(first sentence, the rest) of documentation strings, in a fixed random order, without repetitions."""
-    paths = sysconfig.get_paths()
-    folders = [Path(paths["stdlib"]), *(Path(paths["purelib"]) / name for name in PACKAGES)]
-    files = [
-        file
-        for folder in folders
-        for file in sorted(folder.rglob("*.py"))
-        if "site-packages" not in file.relative_to(folder).parts and "test" not in str(file.relative_to(folder))
-    ]
-    random.Random(0).shuffle(files)
-    pairs: dict[str, str] = {}
-    for file in files:
-        for first, rest in _docstrings(file):
-            pairs.setdefault(first, rest)
-        if len(pairs) >= limit:
-            break
-    return list(pairs.items())[:limit]
-
-
-def _docstrings(file: Path):
-    try:
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError, ValueError):
-        return
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
-            first, _, rest = " ".join((ast.get_docstring(node) or "").split()).partition(". ")
-            if 20 <= len(first) <= 200 and len(rest) >= 60:
-                yield first, rest[:600]
+PAIRS, DOCUMENTS, HELD_OUT = 6000, 2000, 300
+STEPS, TRAINING_BATCH = 120, 32
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -98,7 +65,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
     tokenizer.decoder = decoders.Metaspace()
     special = ["<unk>", "<s>", "</s>"]
     # Words are the units of merging, so that training takes seconds.
-    words = (f" {word}" for text in texts for word in text.split())
+    words = (word for text in texts for word in text.split())
     tokenizer.train_from_iterator(words, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
@@ -129,20 +96,35 @@ def _make_sparse(model, inputs) -> None:
     model.lm_head.weight -= direction * (largest.quantile(1 - ACTIVE) / (hidden @ direction).amin())
 
 
-def trained_checkpoint(folder: Path, pairs: list[tuple[str, str]]) -> Path:
+@torch.no_grad()
+def _start_from_words(model) -> None:
+    """Start where every text is the set of its own tokens, so that minutes of training are enough: each token's logit
+    is large at its own embedding, and a constant input dimension holds all others below zero. Embeddings are small
+    beside what the layers add, so that the layers matter."""
+    embeddings, head = model.model.embed_tokens.weight, model.lm_head.weight
+    width = embeddings.shape[1]
+    embeddings.normal_()
+    head.copy_(embeddings * 5 / width)
+    head[:, 0] = -20 / width
+    embeddings[:, 0] = width**0.5
+    embeddings.mul_(0.2)
+
+
+def trained_checkpoint(folder: Path, pairs: list[DocstringPair]) -> Path:
     torch.manual_seed(0)
     processor = MistralSpladeProcessor(
-        train_tokenizer([text for pair in pairs for text in pair], SMALL["vocab_size"]),
+        train_tokenizer([text for pair in pairs for text in (pair.query, pair.document)], SMALL["vocab_size"]),
         attention_mode="bidirectional",
         max_query_length=24,
         max_document_length=64,
     )
     model = MistralSpladeForRetrieval(MistralSpladeConfig(**SMALL, attention_mode="bidirectional"))
+    _start_from_words(model)
     arguments = TrainingArguments(
         output_dir=str(folder / "runs"),
         max_steps=STEPS,
         per_device_train_batch_size=TRAINING_BATCH,
-        learning_rate=3e-3,
+        learning_rate=2e-3,
         warmup_steps=STEPS // 10,
         logging_steps=STEPS // 4,
         save_strategy="no",
@@ -154,7 +136,7 @@ def trained_checkpoint(folder: Path, pairs: list[tuple[str, str]]) -> Path:
         args=arguments,
         objective=SparseObjective(query_regularizer_weight=1e-3, document_regularizer_weight=1e-3),
         data_collator=RetrievalCollator(processor),
-        train_dataset=[{"query": query, "positive": document} for query, document in pairs[HELD_OUT:]],
+        train_dataset=[{"query": pair.query, "positive": pair.document} for pair in pairs[HELD_OUT:]],
     )
     trainer.train()
     model.eval().save_pretrained(folder)
@@ -162,12 +144,12 @@ def trained_checkpoint(folder: Path, pairs: list[tuple[str, str]]) -> Path:
     return folder
 
 
-def held_out(pairs: list[tuple[str, str]], documents: int = 2000) -> EvaluationSet:
-    """Held-out first sentences must find their own text among `documents`."""
+def held_out(pairs: list[DocstringPair]) -> EvaluationSet:
+    """Held-out first sentences must find their own text among `DOCUMENTS` texts."""
     return EvaluationSet(
-        {f"q{i}": query for i, (query, _) in enumerate(pairs[:HELD_OUT])},
-        {f"d{i}": document for i, (_, document) in enumerate(pairs[:documents])},
-        {f"q{i}": {f"d{i}": 1} for i in range(HELD_OUT)},
+        {str(i): pair.query for i, pair in enumerate(pairs[:HELD_OUT])},
+        {str(i): pair.document for i, pair in enumerate(pairs[:DOCUMENTS])},
+        {str(i): {str(i): 1} for i in range(HELD_OUT)},
     )
 
 
@@ -200,16 +182,28 @@ def speed_and_size(texts: list[str], workspace: Path) -> dict:
     }
 
 
+def without_layers(checkpoint: Path):
+    """The full-precision model with layers that add nothing: how much of the vectors the layers make."""
+    model = AutoModel.from_pretrained(checkpoint).eval()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+    return model
+
+
 def quality(checkpoint: Path, evaluation: EvaluationSet, workspace: Path) -> dict:
     folders = quantized_folders(checkpoint, workspace / "quantized")
     processor = AutoProcessor.from_pretrained(checkpoint)
     loaded = {name: AutoModel.from_pretrained(folder).eval() for name, folder in folders.items()}
+    loaded["fp32 without its layers"] = without_layers(checkpoint)
     texts = list(evaluation.documents.values())[:500]
+    vectors = {name: model.encode_documents(texts, processor) for name, model in loaded.items()}
+    runs = {name: rank(model, processor, evaluation) for name, model in loaded.items()}
     figures: dict = {"queries": len(evaluation.queries), "documents": len(evaluation.documents)}
-    for name in VARIANTS:
-        pair = {"full_precision": loaded["fp32"], "quantized": loaded[name]}
-        outputs = compare_embeddings(*(model.encode_documents(texts, processor) for model in pair.values()))
-        retrieval = compare_retrieval(pair, processor, evaluation)
+    for name in list(loaded)[1:]:
+        outputs = compare_embeddings(vectors["fp32"], vectors[name])
+        retrieval = compare_runs(runs["fp32"], runs[name], evaluation)
         figures["nDCG@10 fp32"] = round(retrieval["nDCG@10"]["full_precision"], 4)
         figures[name] = {
             "nDCG@10": round(retrieval["nDCG@10"]["quantized"], 4),
@@ -228,10 +222,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     disable_progress_bar()
-    pairs = documentation()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    pairs = read_docstring_pairs(PAIRS)
     with tempfile.TemporaryDirectory() as folder:
         workspace = Path(folder)
-        figures = {"speed and size": speed_and_size([rest for _, rest in pairs], workspace)}
+        figures = {"speed and size": speed_and_size([pair.document for pair in pairs], workspace)}
         trained = arguments.checkpoint or trained_checkpoint(workspace / "trained", pairs)
         figures["quality"] = quality(trained, held_out(pairs), workspace)
     report("quantization", __doc__.split("\n")[0], figures)

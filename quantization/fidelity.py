@@ -101,24 +101,7 @@ def _overlap(expected: set, found: set) -> float:
     return len(expected & found) / size if size else 1.0
 
 
-def compare_retrieval(models: Mapping[str, Any], processor: Any, evaluation: EvaluationSet) -> dict[str, Any]:
-    """nDCG@10 of each model on an evaluation set, and how many of the first documents agree.
-
-    Args:
-        models: {"full_precision": model, "quantized": model}.
-    """
-    runs = {name: _rank(model, processor, evaluation) for name, model in models.items()}
-    quality = {name: _ndcg(run, evaluation.qrels) for name, run in runs.items()}
-    overlaps = [_overlap(set(runs["full_precision"][q]), set(runs["quantized"][q])) for q in evaluation.queries]
-    return {
-        "queries": len(evaluation.queries),
-        "documents": len(evaluation.documents),
-        "nDCG@10": {**quality, "change": quality["quantized"] - quality["full_precision"]},
-        f"top_{TOP_DOCUMENTS}_document_overlap": float(np.mean(overlaps)),
-    }
-
-
-def _rank(model: Any, processor: Any, evaluation: EvaluationSet) -> dict[str, dict[str, float]]:
+def rank(model: Any, processor: Any, evaluation: EvaluationSet) -> dict[str, dict[str, float]]:
     """Query id -> {document id: score}, the `TOP_DOCUMENTS` best; equal scores rank in the order of the documents."""
     queries = model.encode_queries(list(evaluation.queries.values()), processor=processor, show_progress_bar=True)
     documents = model.encode_documents(list(evaluation.documents.values()), processor=processor, show_progress_bar=True)
@@ -131,11 +114,33 @@ def _rank(model: Any, processor: Any, evaluation: EvaluationSet) -> dict[str, di
     return run
 
 
-def _ndcg(run: Mapping[str, Mapping[str, float]], qrels: Mapping[str, Mapping[str, int]]) -> float:
+def compare_runs(
+    full_precision: Mapping[str, Mapping[str, float]],
+    quantized: Mapping[str, Mapping[str, float]],
+    evaluation: EvaluationSet,
+) -> dict[str, Any]:
+    """nDCG@10 of two results of `rank`, and the mean share of the first documents that both have."""
+    quality = {"full_precision": _ndcg(full_precision, evaluation), "quantized": _ndcg(quantized, evaluation)}
+    overlaps = [_overlap(set(full_precision[query]), set(quantized[query])) for query in evaluation.queries]
+    return {
+        "queries": len(evaluation.queries),
+        "documents": len(evaluation.documents),
+        "nDCG@10": {**quality, "change": quality["quantized"] - quality["full_precision"]},
+        f"top_{TOP_DOCUMENTS}_document_overlap": float(np.mean(overlaps)),
+    }
+
+
+def _compare_retrieval(models: Mapping[str, Any], processor: Any, evaluation: EvaluationSet) -> dict[str, Any]:
+    runs = {name: rank(model, processor, evaluation) for name, model in models.items()}
+    return compare_runs(runs["full_precision"], runs["quantized"], evaluation)
+
+
+def _ndcg(run: Mapping[str, Mapping[str, float]], evaluation: EvaluationSet) -> float:
     import ir_measures
 
-    judged = {query: dict(grades) for query, grades in qrels.items() if query in run}
-    return float(ir_measures.calc_aggregate([ir_measures.nDCG @ 10], judged, run)[ir_measures.nDCG @ 10])
+    judged = {query: dict(grades) for query, grades in evaluation.qrels.items() if query in run}
+    measure = ir_measures.nDCG @ 10
+    return float(ir_measures.calc_aggregate([measure], judged, run)[measure])
 
 
 def measure_latency(models: Mapping[str, Any], processor: Any, texts: list[str]) -> dict[str, Any]:
@@ -246,7 +251,7 @@ def measure_fidelity(
         "outputs": lambda: compare_embeddings(
             *(model.encode_documents(texts, processor=processor) for model in models.values())
         ),
-        "retrieval": lambda: compare_retrieval(models, processor, evaluation) if evaluation else None,
+        "retrieval": lambda: _compare_retrieval(models, processor, evaluation) if evaluation else None,
         "file_bytes": lambda: {**files, "ratio": files["quantized"] / files["full_precision"]},
         "encode_milliseconds": lambda: measure_latency(models, processor, texts),
         "resident_bytes": lambda: measure_memory(folders, texts),

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from loopback_hub import TOKEN, USER, LoopbackHub
+
+from .loopback_hub import TOKEN, USER, LoopbackHub
 
 REPO = f"{USER}/tiny-splade"
 TEXTS = ["the cat sat on the mat", "rain and sun"]

@@ -11,11 +11,12 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from loopback_hub import USER, LoopbackHub, metadata_errors
 from safetensors import safe_open
 from transformers import AutoModel, AutoProcessor
 
 from rarezoo.model_cards import build_card, checkpoint_files, push, write_card
+
+from .loopback_hub import USER, LoopbackHub, metadata_errors
 
 EVALUATION = {"dataset": "Docstrings (test)", "split": "test", "metrics": {"nDCG@10": 0.61234, "R@100": 0.9}}
 RECIPE = {

@@ -19,7 +19,7 @@ from rarezoo.mistral_splade import (
     MistralSpladeProcessor,
 )
 from rarezoo.quantization import EvaluationSet, quantize, save_quantized
-from rarezoo.quantization.fidelity import compare_embeddings, compare_retrieval, sample_documentation
+from rarezoo.quantization.fidelity import compare_embeddings, compare_runs, rank, sample_documentation
 
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("torchao")
@@ -283,7 +283,7 @@ def test_compare_embeddings_against_numbers_by_hand():
         compare_embeddings(first, csr_matrix(np.full((3, 3), np.nan)))
 
 
-def test_compare_retrieval_against_numbers_by_hand():
+def test_compare_runs_against_numbers_by_hand():
     class Table:
         """A retriever that looks its vectors up."""
 
@@ -299,7 +299,9 @@ def test_compare_retrieval_against_numbers_by_hand():
     evaluation = EvaluationSet({"q": "?"}, {"a": "x", "b": "y", "c": "z"}, {"q": {"b": 1}})
     good = Table(np.array([[1.0, 0.0]]), np.array([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0]]))
     worse = Table(np.array([[1.0, 0.0]]), np.array([[2.0, 0.0], [1.0, 0.0], [0.0, 3.0]]))
-    found = compare_retrieval({"full_precision": good, "quantized": worse}, None, evaluation)
+    runs = [rank(model, None, evaluation) for model in (good, worse)]
+    assert runs[0] == {"q": {"b": 2.0, "a": 1.0, "c": 0.0}}
+    found = compare_runs(*runs, evaluation)
     assert found["nDCG@10"]["full_precision"] == pytest.approx(1.0)
     assert found["nDCG@10"]["quantized"] == pytest.approx(1 / np.log2(3))
     assert found["nDCG@10"]["change"] == pytest.approx(1 / np.log2(3) - 1)
