@@ -415,7 +415,7 @@ def _stack_rows(rows, vocab_size: int, output: str):
         matrix.has_sorted_indices = True
         return matrix
     if output == "torch":
-        return torch.sparse_csr_tensor(pointers, entries, weights, size=shape)
+        return torch.sparse_csr_tensor(pointers, entries, weights, size=shape, check_invariants=True)
     dense = torch.zeros(shape)
     dense[torch.arange(len(rows)).repeat_interleave(counts[1:]), entries] = weights
     return dense
