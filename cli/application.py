@@ -26,6 +26,7 @@ from rarezoo.cli import (
     quantize,
     quickstart_command,
     search,
+    train,
 )
 
 # typer exports only this subclass of the error that a wrong command line raises.
@@ -80,7 +81,10 @@ class _Verbs(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            typer.echo("rarezoo: interrupted; `encode`, `eval` and `train` go on when they are run again", err=True)
+            typer.echo(
+                "rarezoo: interrupted; `encode` and `eval` go on when they are run again, `train` with --resume",
+                err=True,
+            )
             raise typer.Exit(130) from error
         except Exception as error:
             line = _line(error)
@@ -98,6 +102,8 @@ def _line(error: Exception) -> str | None:
         return " ".join(f"{message}. See `{command} --help`.".split())
     if isinstance(error, ModuleNotFoundError) and (extra := _EXTRAS.get((error.name or "").split(".")[0])):
         return f"this needs {error.name}: pip install 'rarezoo[{extra}]'"
+    if isinstance(error, ImportError) and "pip install" not in str(error):
+        return None
     message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     # A KeyError without a sentence is a lookup that failed inside the program.
     expected = " " in message if isinstance(error, KeyError) else isinstance(error, _user_errors())
@@ -146,6 +152,7 @@ app.command("info")(info.info)
 app.command("convert")(convert.convert)
 app.command("export")(export.export)
 app.command("quantize")(quantize.quantize)
+app.command("train")(train.train)
 app.command("encode")(encode.encode)
 app.add_typer(index.app, name="index")
 app.command("search")(search.search)

@@ -35,7 +35,7 @@ def convert(
 
     It is read tensor by tensor. Every tensor is accounted for, and the result is opened again before it gets its name.
     """
-    options = _options(option or [])
+    options = read_assignments("--option", option or [])
     if base is not None:
         options["base"] = base
     from rarezoo.conversion import convert as convert_checkpoint
@@ -60,14 +60,15 @@ def convert(
             typer.echo(f"  {note}")
 
 
-def _options(texts: list[str]) -> dict[str, Any]:
-    options = {}
+def read_assignments(option: str, texts: list[str]) -> dict[str, Any]:
+    """{name: value} of texts NAME=VALUE, VALUE being JSON or else a plain word."""
+    assignments = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not (name and equals):
-            raise ValueError(f"--option must be NAME=VALUE; found {text!r}")
+            raise ValueError(f"{option} must be NAME=VALUE; found {text!r}")
         try:
-            options[name] = json_format.loads(value)
+            assignments[name] = json_format.loads(value)
         except ValueError:
-            options[name] = value
-    return options
+            assignments[name] = value
+    return assignments

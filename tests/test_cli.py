@@ -356,6 +356,30 @@ def test_quantize(splade_checkpoint, tmp_path):
     assert len(answer("explain", tmp_path / "bf16", "the cat", "--top-k", 3)) == 3
 
 
+def test_train(splade_checkpoint, inputs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = zip(inputs["queries"], inputs["documents"], inputs["negatives"])
+    pairs = [{"query": query, "positive": positive, "negative": negative} for query, positive, negative in rows]
+    Path("pairs.jsonl").write_text(lines(*pairs))
+    recipe = {"model": str(splade_checkpoint), "training_data": "pairs.jsonl", "batch_size": 3, "max_steps": 50}
+    Path("recipe.json").write_text(json.dumps(recipe))
+    changes = ["--set", "max_steps=3", "--set", "learning_rate=0.01", "--set", "objective.query_regularizer=l1"]
+    result = answer("train", "recipe.json", "model", *changes)
+    assert result["steps"] == 3
+    stored = answer("info", "model")["training_recipe"]
+    assert (stored["max_steps"], stored["learning_rate"], stored["batch_size"]) == (3, 0.01, 3)
+    assert stored["objective"]["query_regularizer"] == "l1"
+    before, after = (load_file(folder / "model.safetensors") for folder in (splade_checkpoint, Path("model")))
+    assert before.keys() == after.keys()
+    assert not torch.equal(before["lm_head.weight"], after["lm_head.weight"])
+    assert "3 steps" in call("train", "model", "again").stdout  # a checkpoint's own recipe
+    assert "not empty" in error_line("train", "recipe.json", "model")
+    assert "unknown SparseTrainingRecipe fields colour" in error_line("train", "recipe.json", "x", "--set", "colour=1")
+    assert "no section 'batch_size'" in error_line("train", "recipe.json", "x", "--set", "batch_size.size=1")
+    assert "no training recipe at nothing.yaml" in error_line("train", "nothing.yaml", "x")
+    assert not Path("x").exists()
+
+
 def test_push_to_a_hub(splade_checkpoint, tmp_path):
     """Through the installed script: huggingface_hub reads its endpoint when it is imported."""
     from loopback_hub import USER, LoopbackHub

@@ -1,0 +1,60 @@
+"""`rarezoo train`: a recipe becomes a checkpoint."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rarezoo.cli.convert import read_assignments
+from rarezoo.cli.options import JsonOption
+from rarezoo.cli.output import print_json
+
+
+def train(
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE", help="YAML or JSON file, or a checkpoint folder that holds a recipe.")
+    ],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="New folder.")],
+    change: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Another value for a field, as max_steps=100."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in OUTPUT.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Train a retriever by a recipe.
+
+    The output is a checkpoint with its recipe and its log. Several processes share the work under
+    `accelerate launch -m rarezoo.cli train …`.
+    """
+    changes = read_assignments("--set", change or [])
+    from rarezoo.training import SparseTrainingRecipe
+    from rarezoo.training import train as run_recipe
+
+    settings = SparseTrainingRecipe.load(recipe).to_dict()
+    for name, value in changes.items():
+        _set(settings, name, value)
+    result = run_recipe(SparseTrainingRecipe.from_dict(settings), output, resume=resume)
+    if int(os.environ.get("RANK", "0")):  # of several processes one answers
+        return
+    if json:
+        print_json(result)
+        return
+    typer.echo(f"{output}: {result['steps']:,} steps in {result['train_runtime']:.0f} s")
+    for name, value in result.items():
+        if name not in ("steps", "train_runtime", "output_dir", "step", "epoch"):
+            typer.echo(f"  {name} {value:.4g}" if isinstance(value, float) else f"  {name} {value}")
+
+
+def _set(settings: dict[str, Any], name: str, value: Any) -> None:
+    """Set a field; a dot leads into a section: `objective.score_scale`."""
+    section, dot, inner = name.partition(".")
+    if not dot:
+        settings[name] = value
+    elif isinstance(settings.get(section), dict):
+        settings[section][inner] = value
+    else:
+        raise ValueError(f"--set {name}: the recipe has no section {section!r}")
