@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -247,6 +248,19 @@ def test_the_installed_class_wins(order, splade_checkpoint):
     if order == "remote first":
         assert modules.pop(0) == "transformers_modules"
     assert modules == ["rarezoo"] * 12
+
+
+def test_a_tokenizer_whose_files_do_not_name_its_class(splade_checkpoint, tokenizer, tmp_path):
+    from transformers import AutoTokenizer
+
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(splade_checkpoint / name, tmp_path / name)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings.pop("tokenizer_class", None)
+    settings.pop("processor_class", None)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    found = AutoTokenizer.from_pretrained(tmp_path)
+    assert found("the cat sat")["input_ids"] == tokenizer("the cat sat")["input_ids"]
 
 
 def test_registering_again_changes_nothing():
