@@ -1,7 +1,6 @@
 """The trainer: exact steps, schedule, resuming, collapse, saving, learning."""
 
 import json
-import logging
 import math
 import random
 from pathlib import Path
@@ -204,23 +203,15 @@ def test_resumed_run_equals_uninterrupted_run(tmp_path):
         assert torch.equal(tensor, resumed_weights[name]), name
 
 
-@pytest.fixture
-def library_warnings(caplog):
-    logger = logging.getLogger("rarezoo.training.trainer")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
-
-
 @pytest.mark.parametrize("stop", [False, True])
-def test_collapse_is_noticed(tmp_path, library_warnings, stop):
+def test_collapse_is_noticed(tmp_path, caplog, stop):
     objective = SparseObjective(
         query_regularizer_weight=50.0, document_regularizer_weight=50.0, regularizer_warmup_steps=3
     )
     args = arguments(tmp_path, max_steps=40, optim="adamw_torch", learning_rate=1e-2)
     trainer = trainer_for(fixture_model(), args, objective=objective, stop_on_collapse=stop)
     trainer.train()
-    warnings = [record.getMessage() for record in library_warnings.records if "collapsed" in record.getMessage()]
+    warnings = [record.getMessage() for record in caplog.records if "collapsed" in record.getMessage()]
     assert len(warnings) == 1
     assert "smaller" in warnings[0] and "stabilize" in warnings[0]
     assert (trainer.state.global_step < 40) is stop
@@ -231,9 +222,9 @@ def test_collapse_is_noticed(tmp_path, library_warnings, stop):
     assert all(torch.isfinite(parameter).all() for parameter in trainer.model.parameters())
 
 
-def test_healthy_run_does_not_warn(tmp_path, library_warnings):
+def test_healthy_run_does_not_warn(tmp_path, caplog):
     trainer_for(fixture_model(), arguments(tmp_path, max_steps=5)).train()
-    assert not [record for record in library_warnings.records if "collapsed" in record.getMessage()]
+    assert not [record for record in caplog.records if "collapsed" in record.getMessage()]
 
 
 def test_nan_is_an_error(tmp_path):

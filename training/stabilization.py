@@ -105,23 +105,24 @@ def stabilize(
         raise ValueError(f"steps must be at least 1, found {steps}")
     blocks = _blocks(processor.tokenizer, texts, block_length)
     with tempfile.TemporaryDirectory() as scratch:
-        args = TrainingArguments(
-            output_dir=str(output_dir or scratch),
-            max_steps=steps,
-            per_device_train_batch_size=batch_size,
-            learning_rate=learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=steps // 10 if warmup_steps is None else warmup_steps,
-            bf16=bf16,
-            seed=seed,
-            remove_unused_columns=False,
-            report_to="none",
-            logging_steps=max(steps // 100, 1),
-            save_strategy="no" if output_dir is None else "steps",
-            save_steps=max(steps // 10, 1),
-            save_total_limit=2,
-            **training_arguments,
-        )
+        settings = {
+            "output_dir": str(output_dir or scratch),
+            "max_steps": steps,
+            "per_device_train_batch_size": batch_size,
+            "learning_rate": learning_rate,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": steps // 10 if warmup_steps is None else warmup_steps,
+            "bf16": bf16,
+            "seed": seed,
+            "remove_unused_columns": False,
+            "report_to": "none",
+            "logging_steps": max(steps // 100, 1),
+            "save_strategy": "no" if output_dir is None else "steps",
+            "save_steps": max(steps // 10, 1),
+            "save_total_limit": 2,
+            "dataloader_pin_memory": torch.cuda.is_available(),
+        }
+        args = TrainingArguments(**{**settings, **training_arguments})
         trainer = _StabilizationTrainer(model=model, args=args, train_dataset=blocks, processing_class=processor)
         trainer.chunk_size = chunk_size
         found = get_last_checkpoint(args.output_dir) if output_dir and Path(output_dir).is_dir() else None
@@ -142,12 +143,12 @@ class _StabilizationTrainer(Trainer):
 def _blocks(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], block_length: int) -> list[dict[str, Tensor]]:
     """Blocks of equal length; what is left over at the end is dropped unless it is all there is."""
     texts = list(texts)
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError("texts must be strings")
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError("stabilize() needs texts: at least one, all strings")
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     tokens = torch.tensor([token for ids in encoded for token in (*ids, *end)], dtype=torch.long)
     if len(tokens) < 2:
-        raise ValueError(f"stabilize() needs texts of at least two tokens, found {len(tokens)} in {len(texts)} texts")
+        raise ValueError(f"stabilize() needs texts of at least two tokens, found {len(tokens)}")
     length = min(block_length, len(tokens))
     return [{"input_ids": block} for block in tokens.split(length) if len(block) == length]

@@ -1,0 +1,321 @@
+"""Recipes: files, runs from a preset, LoRA and 4-bit runs, resuming, and starting from scratch."""
+
+import json
+import math
+import random
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoProcessor, TrainerCallback
+
+from rarezoo.configs import load_preset
+from rarezoo.mistral_splade import MistralSpladeConfig, MistralSpladeForRetrieval
+from rarezoo.training import (
+    SparseObjective,
+    SparseTrainingRecipe,
+    build_from_preset,
+    load_for_training,
+    train,
+    train_tokenizer,
+)
+
+WORDS = "paris berlin rome madrid lisbon cat dog horse planet moon star river lake sea bread milk salt".split()
+
+
+def rows(number=48, seed=0):
+    """Each query names two of its document's words."""
+    generator = random.Random(seed)
+    result = []
+    for _ in range(number):
+        words = generator.sample(WORDS, 5)
+        result.append({"query": f"find {words[3]} {words[0]}", "positive": "the " + " and the ".join(words)})
+    return result
+
+
+def small_recipe(**overrides):
+    settings = {
+        "preset": "tiny",
+        "vocabulary_size": 120,
+        "config": {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1,
+                   "head_dim": 16, "initializer_range": 0.1},
+        "processor": {"max_query_length": 16, "max_document_length": 32},
+        "batch_size": 16,
+        "max_steps": 6,
+        "learning_rate": 3e-3,
+        "logging_steps": 1,
+        "save_steps": 0,
+    }  # fmt: skip
+    return SparseTrainingRecipe(**{**settings, **overrides})
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Matrices this small lose time to every further thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A pretrained retriever on disk."""
+    folder = tmp_path_factory.mktemp("base") / "model"
+    train(small_recipe(max_steps=2), folder, rows=rows())
+    return folder
+
+
+def encode(model, processor):
+    return model.encode_documents([row["positive"] for row in rows()], processor, output="dense")
+
+
+@pytest.mark.parametrize("suffix", [".json", ".yaml"])
+def test_recipe_files(tmp_path, suffix):
+    recipe = small_recipe(
+        objective=SparseObjective(query_regularizer="l1", query_regularizer_weight=0.25, regularizer_warmup_steps=7),
+        lora_target_modules=None,
+    )
+    recipe.save(tmp_path / f"recipe{suffix}")
+    assert SparseTrainingRecipe.load(tmp_path / f"recipe{suffix}") == recipe
+    assert [path.name for path in tmp_path.iterdir()] == [f"recipe{suffix}"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "either a model to fine-tune or a preset"),
+        ({"model": "m", "preset": "tiny"}, "either a model to fine-tune or a preset"),
+        (
+            {"preset": "tiny", "learning_rat": 1},
+            "unknown SparseTrainingRecipe fields learning_rat; known",
+        ),
+        ({"preset": "tiny", "objective": {"scale": 1}}, "unknown SparseObjective fields scale"),
+        ({"preset": "tiny", "objective": {"query_regularizer": "l2"}}, "query_regularizer must be one of flops, l1"),
+        ({"preset": "tiny", "objective": {"info_nce_weight": 0}}, "nothing to learn from"),
+        ({"preset": "tiny", "objective": {"document_regularizer_weight": -1}}, "must not be negative"),
+        ({"preset": "tiny", "lora": True}, "a preset has none"),
+        ({"preset": "tiny", "initialization": "zero"}, "initialization must be"),
+        ({"model": "m", "quantization": "int8"}, "quantization must be"),
+        ({"model": "m", "quantization": "nf4", "lora": False}, "quantized weights cannot be trained"),
+    ],
+)
+def test_recipe_errors(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SparseTrainingRecipe.from_dict(settings)
+
+
+def test_broken_recipe_file(tmp_path):
+    (tmp_path / "recipe.json").write_text('{"preset": ')
+    with pytest.raises(ValueError, match="not valid"):
+        SparseTrainingRecipe.load(tmp_path / "recipe.json")
+    with pytest.raises(FileNotFoundError, match="no training recipe"):
+        SparseTrainingRecipe.load(tmp_path)
+
+
+def test_train_from_preset(tmp_path):
+    recipe = small_recipe(max_steps=30, evaluation_data=str(tmp_path / "evaluation.jsonl"))
+    (tmp_path / "evaluation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(16, seed=5)))
+    metrics = train(recipe, tmp_path / "run", rows=rows())
+    assert metrics["steps"] == 30
+    model = AutoModel.from_pretrained(tmp_path / "run")
+    processor = AutoProcessor.from_pretrained(tmp_path / "run")
+    assert isinstance(model, MistralSpladeForRetrieval)
+    assert processor.max_document_length == 32
+    assert model.config.vocab_size == len(processor.tokenizer) <= 120
+    assert SparseTrainingRecipe.load(tmp_path / "run") == recipe
+    log = json.loads((tmp_path / "run" / "training_log.json").read_text())
+    training = [entry for entry in log if "ranking_loss" in entry]
+    assert len(training) == 30
+    assert training[-1]["ranking_loss"] == metrics["ranking_loss"] < 0.7 * training[0]["ranking_loss"]
+    assert len([entry for entry in log if "eval_ranking_loss" in entry]) == 10
+    assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
+    # Everything that the run depends on is in the recipe and the rows: the same again gives the same weights.
+    train(recipe, tmp_path / "again", rows=rows())
+    first, second = (load_file(tmp_path / run / "model.safetensors") for run in ("run", "again"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+class Interrupt(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+
+def test_resume_after_a_kill(tmp_path):
+    recipe = small_recipe(max_steps=9, save_steps=2)
+    train(recipe, tmp_path / "whole", rows=rows())
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, tmp_path / "parts", rows=rows(), callbacks=[Interrupt()])
+    assert not (tmp_path / "parts" / "model.safetensors").exists()
+    with pytest.raises(FileExistsError, match="resume the run"):
+        train(recipe, tmp_path / "parts", rows=rows())
+    with pytest.raises(ValueError, match="these fields differ: learning_rate"):
+        train(small_recipe(max_steps=9, save_steps=2, learning_rate=1.0), tmp_path / "parts", rows=rows(), resume=True)
+    train(recipe, tmp_path / "parts", rows=rows(), resume=True)
+    whole, parts = (load_file(tmp_path / run / "model.safetensors") for run in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    with pytest.raises(FileExistsError, match="is finished"):
+        train(recipe, tmp_path / "parts", rows=rows(), resume=True)
+
+
+def test_rows_by_id(tmp_path):
+    texts = rows(16)
+    (tmp_path / "queries.jsonl").write_text(
+        "".join(json.dumps({"_id": i, "text": row["query"]}) + "\n" for i, row in enumerate(texts))
+    )
+    (tmp_path / "corpus.jsonl").write_text(
+        "".join(json.dumps({"_id": f"d{i}", "text": row["positive"]}) + "\n" for i, row in enumerate(texts))
+    )
+    (tmp_path / "rows.tsv").write_text("query_id\tpositive_id\n" + "".join(f"{i}\td{i}\n" for i in range(16)))
+    recipe = small_recipe(
+        training_data=str(tmp_path / "rows.tsv"),
+        queries=str(tmp_path / "queries.jsonl"),
+        corpus=str(tmp_path / "corpus.jsonl"),
+        max_steps=3,
+    )
+    by_id = train(recipe, tmp_path / "by_id")
+    by_text = train(small_recipe(max_steps=3), tmp_path / "by_text", rows=texts)
+    assert by_id["ranking_loss"] == by_text["ranking_loss"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "given", "error", "message"),
+    [
+        ({}, None, ValueError, "set training_data in the recipe"),
+        ({}, [], ValueError, "no training rows"),
+        ({"training_data": "nowhere.jsonl"}, None, FileNotFoundError, "no training data at nowhere.jsonl"),
+        ({"preset": "huge"}, rows(), KeyError, "unknown preset 'huge'"),
+        ({"family": "bert"}, rows(), ValueError, "no sparse retriever"),
+        ({"processor": {"attention_mode": "plain"}}, rows(), ValueError, "set the same in the recipe"),
+    ],
+)
+def test_train_errors(tmp_path, overrides, given, error, message):
+    with pytest.raises(error, match=message):
+        train(small_recipe(**overrides), tmp_path / "run", rows=given)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_small_models_are_trained_whole_and_large_ones_by_lora(tmp_path, base):
+    from rarezoo.training.run import _uses_lora
+
+    fine_tuning = SparseTrainingRecipe(model=str(base))
+    model, _ = load_for_training(fine_tuning)
+    assert isinstance(model, MistralSpladeForRetrieval)
+    assert model.dtype == torch.float32
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not _uses_lora(fine_tuning, load_preset("mistral_splade", "tiny"))
+    assert _uses_lora(fine_tuning, load_preset("mistral_splade", "mistral-7b-v0.1"))
+    adapted, _ = load_for_training(SparseTrainingRecipe(model=str(base), lora=True, lora_on_head=True))
+    settings = adapted.peft_config["default"]
+    assert (settings.r, settings.lora_alpha, settings.lora_dropout) == (16, 8, 0.1)
+    assert {*settings.target_modules} == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head",
+    }  # fmt: skip
+    assert adapted.get_base_model().dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("on_head", [False, True])
+def test_lora_run_exports_merged_model_and_adapter(tmp_path, base, on_head):
+    from peft import PeftModel
+
+    recipe = SparseTrainingRecipe(
+        model=str(base), lora=True, lora_on_head=on_head, dtype="float32", batch_size=16, max_steps=8,
+        learning_rate=1e-2, mini_batch_size=5, save_steps=4,
+    )  # fmt: skip
+    train(recipe, tmp_path / "run", rows=rows())
+    processor = AutoProcessor.from_pretrained(tmp_path / "run")
+    merged = AutoModel.from_pretrained(tmp_path / "run")
+    assert type(merged) is MistralSpladeForRetrieval
+    original = AutoModel.from_pretrained(base)
+    before = encode(original, processor)
+    adapted = PeftModel.from_pretrained(original, tmp_path / "run" / "adapter")
+    stored = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert all(".lora_" in name for name in stored)
+    assert any("lm_head" in name for name in stored) is on_head
+    unmerged = encode(adapted.get_base_model(), processor)
+    assert torch.allclose(encode(merged, processor), unmerged, atol=2e-5)
+    assert not torch.allclose(before, unmerged, atol=1e-2)
+
+
+def test_four_bit_run(tmp_path):
+    """QLoRA: 4-bit frozen weights, and an export merged into the weights as they were before quantization."""
+    from peft import PeftModel
+
+    # 64 is the block size of 4-bit quantization.
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4,
+             "head_dim": 16, "initializer_range": 0.1}  # fmt: skip
+    train(small_recipe(config=sizes, max_steps=2), tmp_path / "base", rows=rows())
+    recipe = SparseTrainingRecipe(
+        model=str(tmp_path / "base"), quantization="nf4", dtype="float32", batch_size=16, max_steps=12,
+        learning_rate=1e-2, logging_steps=1, save_steps=0,
+    )  # fmt: skip
+    model, _ = load_for_training(recipe)
+    assert type(model.get_base_model().model.layers[0].mlp.up_proj.base_layer).__name__ == "Linear4bit"
+    assert type(model.get_base_model().lm_head) is torch.nn.Linear
+    train(recipe, tmp_path / "run", rows=rows())
+    log = json.loads((tmp_path / "run" / "training_log.json").read_text())
+    losses = [entry["ranking_loss"] for entry in log if "ranking_loss" in entry]
+    assert losses[-1] < 0.8 * losses[0]
+    processor = AutoProcessor.from_pretrained(tmp_path / "run")
+    merged = AutoModel.from_pretrained(tmp_path / "run")
+    assert getattr(merged.config, "quantization_config", None) is None
+    adapted = PeftModel.from_pretrained(AutoModel.from_pretrained(tmp_path / "base"), tmp_path / "run" / "adapter")
+    assert torch.allclose(encode(merged, processor), encode(adapted.get_base_model(), processor), atol=2e-5)
+
+
+def test_tokenizer(tmp_path):
+    tokenizer = train_tokenizer(["Return the Path of os.path, in 12 steps"] * 3 + ["a path"], vocabulary_size=80)
+    assert (tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (
+        0,
+        1,
+        2,
+        0,
+    )
+    path_token = tokenizer("path", add_special_tokens=False)["input_ids"]
+    pieces = tokenizer.convert_ids_to_tokens(tokenizer("os.path 12", add_special_tokens=False)["input_ids"])
+    assert tokenizer("PATH", add_special_tokens=False)["input_ids"] == path_token
+    assert "." in pieces and "2" in pieces
+    assert tokenizer("<s>a</s>")["input_ids"][0] == 1 and tokenizer("<s>a</s>")["input_ids"][-1] == 2
+    assert tokenizer("日本", add_special_tokens=False)["input_ids"].count(0) > 0
+    with pytest.raises(ValueError, match="vocabulary_size must be above 3"):
+        train_tokenizer(["a"], vocabulary_size=3)
+
+
+def test_lexical_initialization_is_a_weighted_bag_of_words():
+    """Without any training: each pooled token has the weight that the formula gives, and nearly nothing else has."""
+    generator = random.Random(3)
+    texts = [
+        {"query": "q", "positive": " ".join(generator.choices(WORDS, weights=range(1, len(WORDS) + 1), k=6))}
+        for _ in range(300)
+    ]
+    recipe = small_recipe(
+        initialization="lexical", config={}, processor={"document_template": "<s>{!%%text%%}{%%text%%}"}
+    )
+    torch.manual_seed(0)
+    model, processor = build_from_preset(recipe, texts)
+    documents = list(dict.fromkeys(row["positive"] for row in texts))
+    weights = model.encode_documents(documents, processor, output="dense")
+    tokens = [set(processor.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in documents]
+    counts = {token: sum(token in document for document in tokens) for token in set().union(*tokens)}
+    rarest = math.log(1 + (len(documents) + 0.5) / 0.5)
+    for row, present in list(zip(weights, tokens))[:20]:
+        active = set(row.nonzero().flatten().tolist())
+        assert present <= active
+        for token in present:
+            count = counts[token]
+            rarity = math.log(1 + (len(documents) - count + 0.5) / (count + 0.5)) / rarest
+            assert row[token].item() == pytest.approx(math.log1p(12 * rarity * 0.65), abs=2e-3)
+        others = row[[token for token in range(len(row)) if token not in present]]
+        assert others.max() < 0.5 * row[list(present)].min()
+
+
+def test_lexical_initialization_needs_an_untied_head():
+    recipe = small_recipe(initialization="lexical", config={**small_recipe().config, "tie_word_embeddings": True})
+    with pytest.raises(ValueError, match="not tied"):
+        build_from_preset(recipe, rows())
+
+
+def test_stored_config_is_the_trained_one(base):
+    assert isinstance(AutoModel.from_pretrained(base).config, MistralSpladeConfig)
+    assert AutoModel.from_pretrained(base).config.hidden_size == 32
