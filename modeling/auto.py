@@ -187,7 +187,7 @@ def _register_tokenizers(module: ModuleType) -> None:
     def entry(family: Family):
         from transformers import PreTrainedTokenizerFast
 
-        return lambda: (family.config_class(), (None, PreTrainedTokenizerFast))
+        return lambda: (family.config_class(), PreTrainedTokenizerFast)
 
     _make_lazy(module.TOKENIZER_MAPPING, {family.config: entry(family) for family in FAMILIES.values()})
 
