@@ -318,10 +318,9 @@ class SynonymRetrieval:
     A lexical matcher finds nothing, so every gain is learned. Documents mix the words of five topics with filler.
     """
 
-    TOPICS = 40
-
-    def __init__(self, seed=0, training_rows=600, held_out=80):
-        words = [f"{kind}{i}" for kind in ("ask", "say", "fill") for i in range(self.TOPICS)]
+    def __init__(self, topics, training_rows, held_out=80, seed=0):
+        self.topics = topics
+        words = [f"{kind}{i}" for kind in ("ask", "say", "fill") for i in range(topics)]
         vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *words])}
         tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -336,13 +335,13 @@ class SynonymRetrieval:
         self.training, self.held_out = rows[:training_rows], rows[training_rows:]
 
     def row(self, generator):
-        topics = generator.sample(range(self.TOPICS), 5)
-        document = [f"say{i}" for i in topics] + [f"fill{generator.randrange(self.TOPICS)}" for _ in range(5)]
+        topics = generator.sample(range(self.topics), 5)
+        document = [f"say{i}" for i in topics] + [f"fill{generator.randrange(self.topics)}" for _ in range(5)]
         generator.shuffle(document)
         query = [f"ask{i}" for i in generator.sample(topics, 3)]
         return {"query": " ".join(query), "positive": " ".join(document)}
 
-    def model(self, hidden_size=48):
+    def model(self, hidden_size):
         torch.manual_seed(0)
         return MistralSpladeForRetrieval(
             MistralSpladeConfig(
@@ -370,31 +369,42 @@ class SynonymRetrieval:
         return float(np.mean(gains))
 
 
-def learn_synonyms(tmp_path, task, model, max_steps):
+def learn_synonyms(folder, task, model, max_steps, batch_size=64, learning_rate=6e-3):
     args = arguments(
-        tmp_path,
+        folder,
         max_steps=max_steps,
-        per_device_train_batch_size=48,
+        per_device_train_batch_size=batch_size,
         optim="adamw_torch",
-        learning_rate=3e-3,
+        learning_rate=learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=10,
         max_grad_norm=1.0,
         logging_steps=10,
         seed=1,
     )
-    objective = SparseObjective(query_regularizer_weight=3e-3, document_regularizer_weight=3e-3)
-    trainer = trainer_for(model, args, task.training, task.processor, objective=objective)
+    trainer = trainer_for(model, args, task.training, task.processor)
     trainer.train()
     return [entry for entry in trainer.state.log_history if "ranking_loss" in entry]
 
 
 def test_learns_retrieval(tmp_path):
-    task = SynonymRetrieval()
-    model = task.model()
+    task = SynonymRetrieval(topics=24, training_rows=1000)
+    model = task.model(hidden_size=48)
     before = task.ndcg_at_10(model)
-    logs = learn_synonyms(tmp_path, task, model, max_steps=150)
+    logs = learn_synonyms(tmp_path, task, model, max_steps=200)
     after = task.ndcg_at_10(model)
     assert before < 0.15
-    assert after > 0.6, (before, after)
-    assert logs[-1]["document_active_dimensions"] < logs[0]["document_active_dimensions"]
+    assert after > 0.85, (before, after)
+    assert logs[-1]["ranking_loss"] < 0.2 * logs[0]["ranking_loss"]
+    assert 1 < logs[-1]["document_active_dimensions"] < task.vocab_size
+
+
+@pytest.mark.slow
+def test_learns_retrieval_of_many_topics(tmp_path):
+    task = SynonymRetrieval(topics=150, training_rows=6000)
+    model = task.model(hidden_size=96)
+    before = task.ndcg_at_10(model)
+    learn_synonyms(tmp_path, task, model, max_steps=800, batch_size=128, learning_rate=4e-3)
+    after = task.ndcg_at_10(model)
+    assert before < 0.15
+    assert after > 0.85, (before, after)
