@@ -42,6 +42,8 @@ CHECKPOINT_FILES = (
     "vocab.json",
     "vocab.txt",
     "merges.txt",
+    "lora/adapter_config.json",
+    "lora/adapter_model.safetensors",
     "modules.json",
     "config_sentence_transformers.json",
     "sentence_bert_config.json",

@@ -245,6 +245,8 @@ def measure_fidelity(
         texts = list(evaluation.documents.values())[:256] if evaluation else sample_documentation()
     processor = AutoProcessor.from_pretrained(folders["quantized"])
     models = {name: AutoModel.from_pretrained(folder).eval() for name, folder in folders.items()}
+    # bitsandbytes loads onto a GPU by itself where there is one.
+    models["full_precision"].to(models["quantized"].device)
     report: dict[str, Any] = {}
     files = {name: weight_file_bytes(folder) for name, folder in folders.items()}
     steps = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -27,12 +28,13 @@ from rarezoo.quantization.schemes import FOUR_BIT_BLOCK_SIZE, FOUR_BIT_ROW_TILE,
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Beside weights, configuration, code and processor, what stays true of a quantized checkpoint.
-COMPANION_FILES = (
+COMPANIONS = (
     "modules.json",
     "config_sentence_transformers.json",
     "sentence_bert_config.json",
     "training_recipe.json",
     "LICENSE",
+    "lora",
 )
 
 
@@ -71,10 +73,13 @@ def quantize(
     Raises:
         FileNotFoundError: no checkpoint in `source_dir`.
         FileExistsError: `output_dir` is in use.
-        ValueError: unknown scheme, dtype or family, a source that is quantized already, or nothing to quantize.
+        ValueError: unknown scheme, dtype or family, a source that is quantized already or has no head, or nothing to
+            quantize.
+        ImportError: a package of the extras is missing.
     """
     source, chosen = Path(source_dir), _find_scheme(scheme)
     family, config = _read_source(source)
+    _require_packages(chosen, fidelity, evaluation)
     dtype = _find_dtype(compute_dtype, chosen, config)
     refuse_existing(Path(output_dir))
     report: dict[str, Any] = {}
@@ -113,6 +118,20 @@ def _read_source(source: Path) -> tuple[Family, dict[str, Any]]:
         method = config["quantization_config"].get("quant_method", "unknown")
         raise ValueError(f"{source} is quantized already (by {method}); give the full-precision checkpoint")
     return family, config
+
+
+def _require_packages(scheme: Scheme, fidelity: bool, evaluation: EvaluationSet | None) -> None:
+    """Before anything long begins."""
+    needed = (
+        {scheme.library: "quant"} if scheme.library == "torch" else {scheme.library: "quant", "accelerate": "quant"}
+    )
+    if fidelity:
+        needed["psutil"] = "quant"
+        if evaluation is not None:
+            needed["ir_measures"] = "eval"
+    for package, extra in needed.items():
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(f"this needs the package {package}: pip install 'rarezoo[{extra}]'")
 
 
 def _find_dtype(wanted: str | torch.dtype | None, scheme: Scheme, config: dict[str, Any]) -> torch.dtype:
@@ -158,8 +177,14 @@ def _write_quantized(
 
 def _auto_class_name(family: Family, config: dict[str, Any]) -> str:
     """The AutoClass of the head that was saved, so that the copy has the same architecture."""
-    architectures = config.get("architectures") or []
-    return next((name for name, model in family.auto_classes.items() if model in architectures), "AutoModel")
+    architectures = config.get("architectures") or [family.auto_classes["AutoModel"]]
+    for name, model in family.auto_classes.items():
+        if model in architectures:
+            return name
+    raise ValueError(
+        f"the checkpoint holds {', '.join(architectures)}; expected {' or '.join(family.auto_classes.values())}. "
+        "A backbone without its head is not quantized: the head would be made up"
+    )
 
 
 def _unsuitable_modules(auto_class: Any, source: Path, scheme: Scheme) -> list[str]:
@@ -195,13 +220,13 @@ def _split_linear_layers(model: nn.Module) -> tuple[list[str], list[str]]:
 
 
 def _copy_companions(source: Path, folder: Path) -> None:
-    for name in COMPANION_FILES:
-        if (source / name).is_file():
-            shutil.copy2(source / name, folder / name)
     modules = source / "modules.json"
-    for module in json.loads(modules.read_text(encoding="utf-8")) if modules.is_file() else []:
-        if module["path"] and (source / module["path"]).is_dir():
-            shutil.copytree(source / module["path"], folder / module["path"])
+    names = [module["path"] for module in json.loads(modules.read_text(encoding="utf-8"))] if modules.is_file() else []
+    for name in (*COMPANIONS, *filter(None, names)):
+        if (source / name).is_dir():
+            shutil.copytree(source / name, folder / name)
+        elif (source / name).is_file():
+            shutil.copy2(source / name, folder / name)
 
 
 def _versions(library: str) -> dict[str, str]:

@@ -137,6 +137,8 @@ def test_keeps_the_saved_head_and_its_companions(tokenizer, tmp_path):
     (source / "1_SpladePooling" / "config.json").write_text('{"pooling_strategy": "max"}')
     modules = [{"path": "", "type": "Transformer"}, {"path": "1_SpladePooling", "type": "SpladePooling"}]
     (source / "modules.json").write_text(json.dumps(modules))
+    (source / "lora").mkdir()
+    (source / "lora" / "adapter_config.json").write_text("{}")
     (source / "evaluation.json").write_text("{}")
     (source / "checkpoint-10").mkdir()
 
@@ -146,8 +148,22 @@ def test_keeps_the_saved_head_and_its_companions(tokenizer, tmp_path):
     assert isinstance(AutoModelForMaskedLM.from_pretrained(tmp_path / "out"), MistralSpladeForMaskedLM)
     assert (tmp_path / "out" / "1_SpladePooling" / "config.json").read_text() == '{"pooling_strategy": "max"}'
     assert json.loads((tmp_path / "out" / "modules.json").read_text()) == modules
+    assert (tmp_path / "out" / "lora" / "adapter_config.json").is_file()
     assert not (tmp_path / "out" / "evaluation.json").exists(), "figures of the full-precision model"
     assert not (tmp_path / "out" / "checkpoint-10").exists()
+
+
+def test_tied_head(tokenizer, tmp_path):
+    source = write_checkpoint(tmp_path / "source", tokenizer, tie_word_embeddings=True)
+    expected = encode(AutoModel.from_pretrained(source), source)
+    for scheme in ("nf4", "int8", "int8-torchao"):
+        quantize(source, tmp_path / scheme, scheme, fidelity=False)
+        model = AutoModel.from_pretrained(tmp_path / scheme)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        found = encode(model, source)
+        assert 0 < ((found - expected).norm() / expected.norm()).item() < LARGEST_ERROR.get(scheme, 0.1)
+        save_quantized(model, tmp_path / f"{scheme}-again")
+        assert torch.equal(encode(AutoModel.from_pretrained(tmp_path / f"{scheme}-again"), source), found)
 
 
 def test_loads_without_the_package(checkpoint, tmp_path, run_without_rarezoo):
@@ -228,11 +244,26 @@ def test_refuses_with_one_clear_error(checkpoint, splade_checkpoint, tmp_path):
     quantize(checkpoint, tmp_path / "quantized", "int8", fidelity=False)
     refused(ValueError, "quantized already .by bitsandbytes.", tmp_path / "quantized", tmp_path / "out", "nf4")
     refused(FileExistsError, "not an empty folder", checkpoint, tmp_path / "quantized", "nf4")
+    AutoModel.from_pretrained(checkpoint).model.save_pretrained(tmp_path / "backbone")
+    refused(ValueError, "MistralSpladeModel; expected MistralSplade", tmp_path / "backbone", tmp_path / "out", "nf4")
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "config.json").write_text('{"model_type": "bert"}')
     refused(ValueError, "type 'bert'; known families: mistral_splade", foreign, tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["foreign", "quantized"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["backbone", "foreign", "quantized"]
+
+
+def test_names_the_missing_package_before_anything_long(checkpoint, tmp_path, monkeypatch):
+    from importlib import util
+
+    find_spec = util.find_spec
+    evaluation = EvaluationSet({"q": "?"}, {"d": "x"}, {"q": {"d": 1}})
+    for absent, extra, scheme in (("bitsandbytes", "quant", "int8"), ("torchao", "quant", "int8-torchao"),
+                                  ("ir_measures", "eval", "bf16")):  # fmt: skip
+        monkeypatch.setattr(util, "find_spec", lambda name, absent=absent: None if name == absent else find_spec(name))
+        with pytest.raises(ImportError, match=rf"needs the package {absent}: pip install 'rarezoo\[{extra}\]'"):
+            quantize(checkpoint, tmp_path / "out", scheme, evaluation=evaluation)
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_leaves_nothing_behind_when_the_source_is_damaged(checkpoint, tmp_path):
