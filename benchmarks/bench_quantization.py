@@ -13,6 +13,7 @@ much there is to lose.
 import argparse
 import logging
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -229,6 +230,7 @@ def main() -> None:
         figures = {"speed and size": speed_and_size([pair.document for pair in pairs], workspace)}
         trained = arguments.checkpoint or trained_checkpoint(workspace / "trained", pairs)
         figures["quality"] = quality(trained, held_out(pairs), workspace)
+    figures["quantization libraries"] = {name: version(name) for name in ("bitsandbytes", "torchao")}
     report("quantization", __doc__.split("\n")[0], figures)
 
 
