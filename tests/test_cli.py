@@ -382,7 +382,7 @@ def test_train(splade_checkpoint, inputs, tmp_path, monkeypatch):
 
 def test_push_to_a_hub(splade_checkpoint, tmp_path):
     """Through the installed script: huggingface_hub reads its endpoint when it is imported."""
-    from loopback_hub import USER, LoopbackHub
+    from .loopback_hub import USER, LoopbackHub
 
     checkpoint = tmp_path / "checkpoint"
     shutil.copytree(splade_checkpoint, checkpoint)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from loopback_hub import USER, LoopbackHub
+from .loopback_hub import USER, LoopbackHub
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
