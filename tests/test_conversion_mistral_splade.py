@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from .loopback_hub import USER, LoopbackHub
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -25,6 +24,8 @@ from transformers import (
 )
 
 from rarezoo.conversion import ConversionError, convert
+
+from .loopback_hub import USER, LoopbackHub
 
 TOLERANCE = 1e-5
 MERGED_TOLERANCE = 2e-5
