@@ -54,13 +54,13 @@ class Family:
         """Import `configuration`, `modeling` or `processing` of the family."""
         return importlib.import_module(f"rarezoo.{self.name}.{kind}_{self.name}")
 
-    def config_class(self) -> type:
+    def config_class(self) -> type[Any]:
         return getattr(self.module("configuration"), self.config)
 
-    def model_class(self, auto_class: str = "AutoModel") -> type:
+    def model_class(self, auto_class: str = "AutoModel") -> type[Any]:
         return getattr(self.module("modeling"), self.auto_classes[auto_class])
 
-    def processor_class(self) -> type | None:
+    def processor_class(self) -> type[Any] | None:
         return getattr(self.module("processing"), self.processor) if self.processor else None
 
 

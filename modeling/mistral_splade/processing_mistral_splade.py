@@ -90,9 +90,9 @@ class MistralSpladeProcessor(ProcessorMixin):
         Generic callers (sentence-transformers' fill-mask module, pipelines) also send transformers' grouped options,
         such as `text_kwargs={"padding": True, "truncation": …}`; the template and its lengths decide these here.
         """
-        process = {"query": self.process_queries, "document": self.process_documents}.get(kind)
-        if process is None:
+        if kind not in ("query", "document"):
             raise ValueError(f"kind must be 'query' or 'document'; found {kind!r}")
+        process = self.process_queries if kind == "query" else self.process_documents
         own = {name: value for name, value in kwargs.items() if not name.endswith("_kwargs")}
         return process(text, **own)
 

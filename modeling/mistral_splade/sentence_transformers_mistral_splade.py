@@ -14,7 +14,7 @@ except ImportError:  # the file travels with every checkpoint; it is used only w
 MODULES = [
     {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers_mistral_splade.MistralSpladeEncoder"},
 ]
-SPARSE_ENCODER_CONFIG = {
+SPARSE_ENCODER_CONFIG: dict[str, object] = {
     "model_type": "SparseEncoder",
     "similarity_fn_name": "dot",
     "prompts": {},
