@@ -502,6 +502,11 @@ def test_a_users_error_is_one_line(
     assert sorted(path.name for path in tmp_path.iterdir()) == before, "something was left behind"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_missing_gpu_is_named(splade_checkpoint):
+    assert "PyTorch finds no GPU" in error_line("explain", splade_checkpoint, "text", "--device", "cuda")
+
+
 def test_debug_shows_the_traceback():
     result = CliRunner().invoke(app, ["--debug", "info", "mistral_splade/huge"])
     assert isinstance(result.exception, KeyError)
