@@ -3,6 +3,9 @@
 import json
 import math
 import random
+import re
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -319,3 +322,19 @@ def test_lexical_initialization_needs_an_untied_head():
 def test_stored_config_is_the_trained_one(base):
     assert isinstance(AutoModel.from_pretrained(base).config, MistralSpladeConfig)
     assert AutoModel.from_pretrained(base).config.hidden_size == 32
+
+
+def test_example_script(tmp_path, monkeypatch, capsys):
+    script = Path(__file__).parents[1] / "examples" / "train_mistral_splade.py"
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(40)))
+    monkeypatch.setattr(
+        "sys.argv",
+        [str(script), str(tmp_path / "pairs.jsonl"), str(tmp_path / "out"), "--steps", "3", "--held-out", "10"],
+    )
+    runpy.run_path(str(script), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "3 steps in" in printed
+    ndcg = re.search(r"nDCG@10 of 10 held-out queries over 40 documents: ([\d.]+)", printed)
+    assert ndcg and float(ndcg[1]) > 0.5, "the lexical start alone finds documents by their words"
+    assert rows(40)[0]["query"] in printed
+    assert (tmp_path / "out" / "training_recipe.json").exists()

@@ -270,6 +270,8 @@ def _training_arguments(recipe: SparseTrainingRecipe, folder: Path, rows: int, e
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
         bf16=recipe.bf16,
+        # Without it, transformers takes bf16 for a request for a GPU.
+        use_cpu=not torch.accelerator.is_available(),
         logging_steps=recipe.logging_steps,
         logging_first_step=True,
         save_strategy="steps" if recipe.save_steps else "no",
