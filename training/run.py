@@ -155,7 +155,7 @@ def build_from_preset(
 
 def load_for_training(recipe: SparseTrainingRecipe) -> tuple[Any, Any]:
     """The recipe's model, with LoRA adapters and 4-bit weights where the recipe says so, and its processor."""
-    config = AutoConfig.from_pretrained(recipe.model, **recipe.config)
+    config = AutoConfig.from_pretrained(str(recipe.model), **recipe.config)
     family = _family(config.model_type)
     processor = AutoProcessor.from_pretrained(recipe.model, **recipe.processor)
     _check_pair(config, processor)
@@ -170,8 +170,10 @@ def load_for_training(recipe: SparseTrainingRecipe) -> tuple[Any, Any]:
 
     head = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
     targets = list(recipe.lora_target_modules or family.lora_target_modules) + (head if recipe.lora_on_head else [])
+    # PEFT annotates lora_alpha as int and takes any number.
+    alpha: Any = recipe.lora_alpha
     settings = LoraConfig(
-        r=recipe.lora_rank, lora_alpha=recipe.lora_alpha, lora_dropout=recipe.lora_dropout, target_modules=targets
+        r=recipe.lora_rank, lora_alpha=alpha, lora_dropout=recipe.lora_dropout, target_modules=targets
     )
     return get_peft_model(model, settings), processor
 
@@ -189,7 +191,7 @@ def _load_weights(recipe: SparseTrainingRecipe, family: Family, lora: bool, quan
             bnb_4bit_compute_dtype=dtype,
             llm_int8_skip_modules=list(family.full_precision_modules),
         )
-    return AutoModel.from_pretrained(recipe.model, **options)
+    return AutoModel.from_pretrained(str(recipe.model), **options)
 
 
 def _uses_lora(recipe: SparseTrainingRecipe, config: Any) -> bool:
@@ -255,7 +257,8 @@ def _rows(rows: Rows | None, path: str | None, name: str) -> Rows:
 def _training_arguments(recipe: SparseTrainingRecipe, folder: Path, rows: int, evaluates: bool) -> TrainingArguments:
     known = TrainingArguments.__dataclass_fields__
     # transformers renamed the option within version 5.
-    checkpointing = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    option = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    checkpointing: dict[str, Any] = {option: recipe.activation_checkpointing}
     processes = int(os.environ.get("WORLD_SIZE", 1))
     per_epoch = max(rows // (recipe.batch_size * processes), 1)
     max_steps = recipe.max_steps or math.ceil(recipe.epochs * per_epoch)
@@ -284,7 +287,7 @@ def _training_arguments(recipe: SparseTrainingRecipe, folder: Path, rows: int, e
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to="none",
         seed=recipe.seed,
-        **{checkpointing: recipe.activation_checkpointing},
+        **checkpointing,
     )
 
 
