@@ -42,7 +42,6 @@ types: $(INSTALLED)
 	MYPYPATH=build/types/installed $(BIN)/python -m mypy --package rarezoo
 
 bench: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
 
 docs: $(INSTALLED)

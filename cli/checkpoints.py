@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def load_retriever(model: str, device: str | None = None, dtype: str | None = No
 
     Args:
         model: folder or Hub repository.
-        device: None takes a GPU where there is one.
+        device: None takes a GPU where there is one, each of several processes its own.
         dtype: "float32", "bfloat16" or "float16"; None what the checkpoint says.
     """
     _check_dtype(dtype)
@@ -91,7 +92,9 @@ def _device(name: str | None) -> Any:
     import torch
 
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # `accelerate launch` and torchrun number the processes of a machine: one GPU each.
+        rank = int(os.environ.get("LOCAL_RANK", 0))
+        return torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:

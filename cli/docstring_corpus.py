@@ -1,6 +1,6 @@
-"""A retrieval data set that every machine has: documentation strings of the Python standard library and installed packages.
+"""A retrieval data set that every machine has: documentation strings of Python's library and of installed packages.
 
-The first sentence of a documentation string is the query, the rest the document that answers it.
+The first sentence of a documentation string is the query, the beginning of the rest the document that answers it.
 """
 
 from __future__ import annotations
@@ -11,12 +11,25 @@ import random
 import re
 import sysconfig
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n\s*\n")
-_SKIPPED_FOLDERS = {"test", "tests", "testing", "site-packages", "__pycache__", "idlelib", "lib2to3", "_vendor", "vendor"}
+# A full stop before white space, unless it belongs to an abbreviation; or an empty line.
+_SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\bvs\.)(?<!\betc\.)\s+|\n\s*\n")
+_DOCUMENT_CHARACTERS = 500
+_SKIPPED_FOLDERS = {
+    "test",
+    "tests",
+    "testing",
+    "site-packages",
+    "__pycache__",
+    "idlelib",
+    "lib2to3",
+    "_vendor",
+    "vendor",
+}
 
 
 @dataclass(frozen=True)
@@ -80,14 +93,14 @@ def _split(name: str, text: str) -> DocstringPair | None:
         return None
     query, document = (" ".join(part.split()) for part in parts)
     if 20 <= len(query) <= 200 and len(document) >= 80 and document.isascii() and query.isascii():
-        return DocstringPair(name, query, document[:1000])
+        return DocstringPair(name, query, document[:_DOCUMENT_CHARACTERS])
     return None
 
 
 def _without_repetitions(pairs: list[DocstringPair]) -> list[DocstringPair]:
-    queries: dict[str, int] = {}
-    documents: dict[str, int] = {}
-    for pair in pairs:
-        queries[pair.query] = queries.get(pair.query, 0) + 1
-        documents[pair.document[:200]] = documents.get(pair.document[:200], 0) + 1
-    return [pair for pair in pairs if queries[pair.query] == 1 and documents[pair.document[:200]] == 1]
+    """Names are identifiers, and each query must have one answer: what occurs twice is dropped."""
+    kept = pairs
+    for key in (lambda pair: pair.name, lambda pair: pair.query.lower(), lambda pair: pair.document[:200].lower()):
+        counts = Counter(map(key, pairs))
+        kept = [pair for pair in kept if counts[key(pair)] == 1]
+    return kept

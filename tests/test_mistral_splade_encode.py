@@ -266,6 +266,28 @@ def test_model_without_a_checkpoint_asks_for_a_processor(model):
         fresh.encode_documents("a cat")
 
 
+def test_checkpoint_without_a_processor_is_named(splade_checkpoint, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(splade_checkpoint / name, tmp_path / name)
+    with pytest.raises(ValueError, match=rf"no processor could be loaded from {tmp_path}.*processor_config.json"):
+        AutoModel.from_pretrained(tmp_path).encode_queries("a cat")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_an_error(value, load, processor):
+    """Not an empty vector: a document would vanish from the index without a word."""
+    broken = load()
+    good, bad = "a tree", "the cat"
+    only_there = set(processor.process_documents(bad)["input_ids"][0].tolist()).difference(
+        processor.process_documents(good)["input_ids"][0].tolist()
+    )
+    with torch.no_grad():
+        broken.model.embed_tokens.weight[sorted(only_there)] = value
+    with pytest.raises(ValueError, match=r"not finite, for example for 'the cat': .* too large for torch\.float32"):
+        broken.encode_documents([good, bad], processor, batch_size=2)
+    assert broken.encode_documents([good], processor).nnz > 0
+
+
 def test_training_mode_is_left_as_it_was(load, processor, inputs):
     """Encoding evaluates, without dropout and without a graph, and then puts the model back; after an error too."""
     model = load(attention_dropout=0.5)

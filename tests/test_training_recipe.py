@@ -267,6 +267,23 @@ def test_four_bit_run(tmp_path):
     assert torch.allclose(encode(merged, processor), encode(adapted.get_base_model(), processor), atol=2e-5)
 
 
+def test_evaluation_does_not_disturb_four_bit_training(tmp_path):
+    """bitsandbytes packs weights for inference in place, and packed weights pass no gradients on."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4,
+             "head_dim": 16, "initializer_range": 0.1}  # fmt: skip
+    train(small_recipe(config=sizes, max_steps=2), tmp_path / "base", rows=rows())
+    recipe = SparseTrainingRecipe(
+        model=str(tmp_path / "base"), quantization="nf4", dtype="float32", lora_dropout=0.0, batch_size=16,
+        max_steps=10, learning_rate=1e-2, save_steps=0,
+    )  # fmt: skip
+    train(recipe, tmp_path / "plain", rows=rows())
+    train(recipe, tmp_path / "evaluated", rows=rows(), evaluation_rows=rows(16, seed=5))
+    adapters = [load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("plain", "evaluated")]
+    assert any(".layers.0." in name and "lora_B" in name for name in adapters[0])
+    for name, weight in adapters[0].items():
+        assert torch.allclose(adapters[1][name], weight, atol=1e-6), name
+
+
 def test_tokenizer(tmp_path):
     tokenizer = train_tokenizer(["Return the Path of os.path, in 12 steps"] * 3 + ["a path"], vocabulary_size=80)
     assert (tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (

@@ -21,7 +21,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint, set_seed
 from transformers.utils import logging
 
@@ -104,6 +104,8 @@ def train(
         processing_class=processor,
         callbacks=callbacks,
     )
+    # Without progress bars, transformers prints a line for every log entry instead; these stand in the log file.
+    trainer.pop_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(_QuietProgressCallback)
     result = trainer.train(
@@ -191,7 +193,13 @@ def _load_weights(recipe: SparseTrainingRecipe, family: Family, lora: bool, quan
             bnb_4bit_compute_dtype=dtype,
             llm_int8_skip_modules=list(family.full_precision_modules),
         )
-    return AutoModel.from_pretrained(str(recipe.model), **options)
+    model = AutoModel.from_pretrained(str(recipe.model), **options)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes would pack the weights at the first evaluation, and later steps would silently give no
+            # gradient to the layers below; see rarezoo.quantization.four_bit_guard.
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def _uses_lora(recipe: SparseTrainingRecipe, config: Any) -> bool:
@@ -286,6 +294,7 @@ def _training_arguments(recipe: SparseTrainingRecipe, folder: Path, rows: int, e
         dataloader_drop_last=rows >= recipe.batch_size * processes,
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to="none",
+        disable_tqdm=not logging.is_progress_bar_enabled(),
         seed=recipe.seed,
         **checkpointing,
     )

@@ -258,13 +258,16 @@ class MistralSpladeForRetrieval(MistralSpladePreTrainedModel):
         self.eval()
         rows: list[tuple[torch.Tensor, torch.Tensor]] = [(torch.empty(0), torch.empty(0))] * len(texts)
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]) if isinstance(texts[i], str) else 0)
-        bar = tqdm(total=len(texts), desc=f"Encoding {kind} texts", unit="text", disable=not show_progress_bar)
+        title = f"Encoding {kind} texts"
+        # Inside another bar, it vanishes when it is done.
+        bar = tqdm(total=len(texts), desc=title, unit="text", leave=None, disable=not show_progress_bar)
         try:
             for start in range(0, len(order), batch_size):
                 batch = order[start : start + batch_size]
                 inputs = processor.process([(kind, {"text": texts[i], **values}) for i in batch])
                 self._check_length(inputs["input_ids"].shape[1])
                 embedding = self(**inputs.to(self.device)).sparse_embedding
+                self._check_finite(embedding, [texts[i] for i in batch])
                 for i, row in zip(batch, embedding):
                     rows[i] = _active_entries(row, top_k)
                 bar.update(len(batch))
@@ -301,6 +304,14 @@ class MistralSpladeForRetrieval(MistralSpladePreTrainedModel):
             logger.warning_once(
                 f"the input has {length} tokens, more than the sliding window of {window}: the second copy of the text "
                 "no longer sees all of the first"
+            )
+
+    def _check_finite(self, embedding: torch.Tensor, texts: Sequence[str]) -> None:
+        broken = (~embedding.isfinite()).any(dim=1).nonzero().flatten().tolist()
+        if broken:
+            raise ValueError(
+                f"the model gives weights that are not finite, for example for {texts[broken[0]][:80]!r}: its own "
+                f"weights are damaged, or too large for {self.dtype}"
             )
 
     @staticmethod
@@ -383,7 +394,13 @@ def _stored_processor(config: MistralSpladeConfig) -> MistralSpladeProcessor:
     source = config._name_or_path
     if not source:
         raise ValueError("this model was not loaded from a checkpoint: pass processor=MistralSpladeProcessor(...)")
-    return MistralSpladeProcessor.from_pretrained(source, revision=getattr(config, "_commit_hash", None))
+    try:
+        return MistralSpladeProcessor.from_pretrained(source, revision=getattr(config, "_commit_hash", None))
+    except (OSError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"no processor could be loaded from {source}, where the model comes from; expected processor_config.json "
+            "and a tokenizer beside the weights, or the argument processor=MistralSpladeProcessor(...)"
+        ) from error
 
 
 def _active_entries(row: torch.Tensor, top_k: int | None) -> tuple[torch.Tensor, torch.Tensor]:
