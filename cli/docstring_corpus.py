@@ -18,7 +18,7 @@ from pathlib import Path
 
 # A full stop before white space, unless it belongs to an abbreviation; or an empty line.
 _SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\bvs\.)(?<!\betc\.)\s+|\n\s*\n")
-_DOCUMENT_CHARACTERS = 500
+_DOCUMENT_CHARACTERS = 400
 _SKIPPED_FOLDERS = {
     "test",
     "tests",

@@ -18,6 +18,7 @@ from rarezoo.training import (
     SparseObjective,
     SparseTrainingRecipe,
     build_from_preset,
+    initialize_as_lexical_matcher,
     load_for_training,
     train,
     train_tokenizer,
@@ -302,32 +303,58 @@ def test_tokenizer(tmp_path):
         train_tokenizer(["a"], vocabulary_size=3)
 
 
-def test_lexical_initialization_is_a_weighted_bag_of_words():
+@pytest.mark.parametrize("mode", ["echo", "plain", "bidirectional"])
+def test_lexical_initialization_is_a_weighted_bag_of_words(mode):
     """Without any training: each pooled token has the weight that the formula gives, and nearly nothing else has."""
     generator = random.Random(3)
+    weights = range(1, len(WORDS) + 1)
     texts = [
-        {"query": "q", "positive": " ".join(generator.choices(WORDS, weights=range(1, len(WORDS) + 1), k=6))}
+        {"query": "q", "positive": " ".join(generator.choices(WORDS, weights=weights, k=generator.randint(2, 30)))}
         for _ in range(300)
     ]
+    template = "<s>{!%%text%%}{%%text%%}" if mode == "echo" else "{<s>}{%%text%%}"
     recipe = small_recipe(
-        initialization="lexical", config={}, processor={"document_template": "<s>{!%%text%%}{%%text%%}"}
-    )
+        initialization="lexical", config={"attention_mode": mode},
+        processor={"document_template": template, "query_template": template, "attention_mode": mode,
+                   "max_document_length": 256},
+    )  # fmt: skip
     torch.manual_seed(0)
     model, processor = build_from_preset(recipe, texts)
     documents = list(dict.fromkeys(row["positive"] for row in texts))
-    weights = model.encode_documents(documents, processor, output="dense")
-    tokens = [set(processor.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in documents]
-    counts = {token: sum(token in document for document in tokens) for token in set().union(*tokens)}
+    found = model.encode_documents(documents, processor, output="dense")
+
+    ids = processor.tokenizer(documents, add_special_tokens=False)["input_ids"]
+    counts = {token: sum(token in row for row in ids) for token in {token for row in ids for token in row}}
     rarest = math.log(1 + (len(documents) + 0.5) / 0.5)
-    for row, present in list(zip(weights, tokens))[:20]:
-        active = set(row.nonzero().flatten().tolist())
-        assert present <= active
-        for token in present:
-            count = counts[token]
-            rarity = math.log(1 + (len(documents) - count + 0.5) / (count + 0.5)) / rarest
-            assert row[token].item() == pytest.approx(math.log1p(12 * rarity * 0.65), abs=2e-3)
-        others = row[[token for token in range(len(row)) if token not in present]]
-        assert others.max() < 0.5 * row[list(present)].min()
+    # Tokens that each pooled token sees, itself included: in an echo, the first copy too.
+    seen = [[len(row) * (mode == "echo") + i + 1 for i in range(len(row))] for row in ids]
+    if mode == "bidirectional":
+        seen = [[len(row)] * len(row) for row in ids]
+    everywhere = [n for row in seen for n in row] + ([0] * len(seen) if mode == "plain" else [])
+    if mode == "bidirectional":
+        everywhere += [row[0] for row in seen]  # <s> is pooled too
+    mean = sum(everywhere) / len(everywhere)
+
+    def norm(n):
+        return (1.25 + (6.9 * n / (n + 3.1 * mean)) ** 2) ** 0.5
+
+    for row, tokens, numbers in list(zip(found, ids, seen))[:40]:
+        assert set(tokens) <= set(row.nonzero().flatten().tolist())
+        for token in set(tokens):
+            rarity = math.log(1 + (len(documents) - counts[token] + 0.5) / (counts[token] + 0.5)) / rarest
+            logit = 8 * rarity * 0.65 * norm(mean) / norm(numbers[tokens.index(token)])
+            assert row[token].item() == pytest.approx(math.log1p(logit), abs=3e-3)
+        others = row[[token for token in range(len(row)) if token not in tokens]]
+        assert others.max() < 0.5 * row[list(set(tokens))].min()
+    # The norm stands for BM25's k1 (1 - b + b length / typical) + 1 with its usual k1 = 1.5 and b = 0.75.
+    for share in (1 / 3, 0.5, 2, 3):
+        assert norm(share * mean) / norm(mean) == pytest.approx((1.375 + 1.125 * share) / 2.5, rel=0.1)
+
+
+def test_lexical_initialization_needs_documents():
+    model, processor = build_from_preset(small_recipe(), rows())
+    with pytest.raises(ValueError, match="expected documents and a start token, found 0"):
+        initialize_as_lexical_matcher(model, processor, [])
 
 
 def test_lexical_initialization_needs_an_untied_head():
