@@ -20,10 +20,10 @@ from rarezoo.cli.docstring_corpus import DocstringPair, read_docstring_pairs
 
 DOCUMENTS = 4000
 HELD_OUT_QUERIES = 400
-STEPS = 75
+STEPS = 90
 QUESTIONS = (
     "how do I read rows of a csv file",
-    "compress data with gzip",
+    "open a zip archive",
     "wait until a thread has finished",
 )
 
@@ -214,7 +214,7 @@ class _Tour:
     def quantize(self) -> None:
         from rarezoo.quantization import EvaluationSet, quantize
 
-        _title("6. Quantize")
+        _title("6. Quantize the layers, the rest in bfloat16")
         sample = self.pairs[: len(self.held_out) * 2]
         evaluation = EvaluationSet(
             queries={pair.name: pair.query for pair in self.held_out[:100]},
@@ -226,7 +226,8 @@ class _Tour:
             f"{'scheme':8} {'file':>9} {'of full':>8} {'cosine':>8} {'top-10 terms kept':>18} {'nDCG@10 change':>15}"
         )
         for scheme in ("nf4", "int8"):
-            report = quantize(self.model_folder, self.output / "quantized" / scheme, scheme, evaluation=evaluation)
+            folder = self.output / "quantized" / scheme
+            report = quantize(self.model_folder, folder, scheme, compute_dtype="bfloat16", evaluation=evaluation)
             self.figures["quantized"][scheme] = report
             typer.echo(_quantization_line(scheme, report))
 
