@@ -13,6 +13,7 @@ How a page is read:
 
 import contextlib
 import io
+import json
 import os
 import re
 import shlex
@@ -171,6 +172,32 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
         if not re.match(r"[a-z]+:", target):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def numbers_in(value) -> list[float]:
+    """All numbers of a JSON value."""
+    if isinstance(value, dict | list):
+        parts = value.values() if isinstance(value, dict) else value
+        return [number for part in parts for number in numbers_in(part)]
+    return [float(value)] if isinstance(value, int | float) and not isinstance(value, bool) else []
+
+
+def test_figures_are_those_of_the_benchmarks():
+    """A row of the README's table of figures names its script; each of its bold numbers is in that script's output."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\|(.*)\|[^|]*`benchmarks/bench_(\w+)\.py`[^|]*\|$", readme, re.MULTILINE)
+    assert {script for _, script in rows} == {
+        path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py")
+    }
+    for row, script in rows:
+        measured = numbers_in(json.loads((ROOT / "benchmarks" / "results" / f"{script}.json").read_text())["figures"])
+        shown = re.findall(r"\*\*([\d.]+)", row)
+        assert shown, row
+        for text in shown:
+            digits = len(text.partition(".")[2])
+            assert any(f"{abs(number):.{digits}f}" == text for number in measured), (
+                f"{text} is not a result of {script}: {row}"
+            )
 
 
 def test_the_site_builds(tmp_path):

@@ -137,7 +137,9 @@ def test_every_family_has_all_that_belongs_to_it():
         assert (ROOT / "model_cards" / f"{name}.md").is_file()
         assert (ROOT / "docs" / f"{name.replace('_', '-')}.md").is_file()
         assert (ROOT / "tests" / "fixtures" / name / "README.md").is_file()
-        assert family.title in (ROOT / "README.md").read_text(encoding="utf-8")
+        row = f"| {family.summary} | {', '.join(family.auto_classes)} |"
+        readme = (ROOT / "README.md").read_text(encoding="utf-8")
+        assert f"[{family.title}](docs/{name.replace('_', '-')}.md) (`{name}`) {row}" in readme
 
 
 # --- what `import rarezoo` costs --------------------------------------------------------------------------------------
