@@ -302,23 +302,8 @@ def write_manifest(folder: Path, num_shards: int, vocab_size: int, *, complete: 
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read and check the manifest of a folder of embeddings.
-
-    Raises:
-        FileNotFoundError: the folder has none.
-        ValueError: it is damaged, of another kind or of a newer version.
-    """
-    path = folder / MANIFEST_NAME
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no sparse embeddings: {MANIFEST_NAME} is missing")
-    manifest = storage.read_json(path)
-    if manifest.get("kind") != "sparse":
-        raise ValueError(f"{path}: expected kind 'sparse', found {manifest.get('kind')!r}")
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{path}: format version {manifest.get('format_version')!r}, this rarezoo reads version {FORMAT_VERSION}"
-        )
-    return manifest
+    """`storage.read_manifest` of a folder of embeddings."""
+    return storage.read_manifest(folder / MANIFEST_NAME, "sparse embeddings", FORMAT_VERSION)
 
 
 class SparseEmbeddings:

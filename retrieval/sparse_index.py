@@ -558,17 +558,7 @@ def _invert(group: list[_Rows], vocab_size: int) -> dict[str, np.ndarray]:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST_NAME
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no index: {MANIFEST_NAME} is missing")
-    manifest = storage.read_json(path)
-    if manifest.get("kind") != "sparse":
-        raise ValueError(f"{path}: expected an index of kind 'sparse', found {manifest.get('kind')!r}")
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{path}: format version {manifest.get('format_version')!r}, this rarezoo reads version {FORMAT_VERSION}"
-        )
-    return manifest
+    return storage.read_manifest(folder / MANIFEST_NAME, "index", FORMAT_VERSION)
 
 
 def _write_manifest(folder: Path, segments: list[dict[str, Any]], fingerprint: str | None, vocab_size: int) -> None:

@@ -99,6 +99,25 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_manifest(path: Path, contents: str, format_version: int) -> dict[str, Any]:
+    """Read the manifest of a folder of sparse vectors or of an index, and see that this release can read the rest.
+
+    Raises:
+        FileNotFoundError: the folder has none.
+        ValueError: it is damaged, of another kind or of a newer version.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} holds no {contents}: {path.name} is missing")
+    manifest = read_json(path)
+    if manifest.get("kind") != "sparse":
+        raise ValueError(f"{path}: expected kind 'sparse', found {manifest.get('kind')!r}")
+    if manifest.get("format_version") != format_version:
+        raise ValueError(
+            f"{path}: format version {manifest.get('format_version')!r}, this rarezoo reads version {format_version}"
+        )
+    return manifest
+
+
 def _checksum(tensors: dict[str, np.ndarray]) -> int:
     checksum = 0
     for name in sorted(tensors):

@@ -45,14 +45,6 @@ def write_checkpoint(folder, tokenizer, model_class=MistralSpladeForRetrieval, *
     return folder
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, tokenizer):
     return write_checkpoint(tmp_path_factory.mktemp("full") / "checkpoint", tokenizer)

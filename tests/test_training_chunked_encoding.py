@@ -1,35 +1,16 @@
 """Large batches in chunks: gradients against plain autograd of the whole batch, and the fixture's gradients."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from rarezoo.mistral_splade import MistralSpladeConfig, MistralSpladeForRetrieval
 from rarezoo.training import SparseObjective, encode_in_chunks, flops_regularizer, info_nce_loss
 
-FIXTURES = Path(__file__).parent / "fixtures" / "mistral_splade"
+from .reference import FIXTURES, reference_model
+
 EXPECTED = json.loads((FIXTURES / "losses.json").read_text())
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Matrices this small lose time to every further thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def fixture_model(**overrides):
-    settings = json.loads((FIXTURES / "config.json").read_text())
-    for key in ("architectures", "model_type", "dtype"):
-        settings.pop(key)
-    model = MistralSpladeForRetrieval(MistralSpladeConfig(**{**settings, **overrides}))
-    model.load_state_dict(load_file(FIXTURES / "model.safetensors"))
-    return model.train()
 
 
 def fixture_inputs():
@@ -74,7 +55,7 @@ def encoder(model):
 
 @pytest.mark.parametrize("mini_batch_size", [None, 1, 2, 4, 100])
 def test_fixture_losses_and_gradients(mini_batch_size):
-    model = fixture_model()
+    model = reference_model().train()
     queries, documents = fixture_inputs()
     objective = SparseObjective(
         query_regularizer_weight=EXPECTED["lambda_q"], document_regularizer_weight=EXPECTED["lambda_d"]
@@ -97,7 +78,7 @@ def test_fixture_losses_and_gradients(mini_batch_size):
 
 def test_dropout_is_the_same_in_both_passes():
     """With dropout, equal gradients need equal masks: plain autograd over the same chunks with the same seed."""
-    model = fixture_model(attention_dropout=0.5, attn_implementation="eager")
+    model = reference_model(attention_dropout=0.5, attn_implementation="eager").train()
     queries, _ = fixture_inputs()
 
     def loss_of(representations):
@@ -124,7 +105,7 @@ def test_dropout_is_the_same_in_both_passes():
 
 
 def test_with_activation_checkpointing_inside():
-    model = fixture_model()
+    model = reference_model().train()
     queries, _ = fixture_inputs()
     expected = gradients(model, flops_regularizer(encoder(model)(queries)))
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -134,7 +115,7 @@ def test_with_activation_checkpointing_inside():
 
 def test_memory_holds_one_chunk():
     """Tensors kept for the backward pass: the whole batch's without chunks, hardly any with them."""
-    model = fixture_model()
+    model = reference_model().train()
     queries, _ = fixture_inputs()
     queries = {name: tensor.repeat(8, 1) for name, tensor in queries.items()}
 

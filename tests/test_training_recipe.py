@@ -53,15 +53,6 @@ def small_recipe(**overrides):
     return SparseTrainingRecipe(**{**settings, **overrides})
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Matrices this small lose time to every further thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A pretrained retriever on disk."""

@@ -1,44 +1,17 @@
 """The language-model phase before retrieval training."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedTokenizerFast
 
-from rarezoo.mistral_splade import MistralSpladeConfig, MistralSpladeForRetrieval, MistralSpladeProcessor
 from rarezoo.training import stabilization_loss, stabilize
 
-FIXTURES = Path(__file__).parent / "fixtures" / "mistral_splade"
-INPUTS = json.loads((FIXTURES / "inputs.json").read_text())
+from .reference import FIXTURES, INPUTS, reference_model, reference_processor
+
 TEXTS = INPUTS["documents"] + INPUTS["negatives"] + INPUTS["plain_texts"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Matrices this small lose time to every further thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def fixture_model(**overrides):
-    settings = json.loads((FIXTURES / "config.json").read_text())
-    for key in ("architectures", "model_type", "dtype"):
-        settings.pop(key)
-    model = MistralSpladeForRetrieval(MistralSpladeConfig(**{**settings, **overrides}))
-    model.load_state_dict(load_file(FIXTURES / "model.safetensors"))
-    return model
-
-
-def fixture_processor():
-    return MistralSpladeProcessor(PreTrainedTokenizerFast.from_pretrained(FIXTURES), attention_mode="echo")
 
 
 def whole_logits_loss(model, input_ids):
@@ -51,7 +24,7 @@ def whole_logits_loss(model, input_ids):
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 16, 1024])
 def test_loss_and_gradients(chunk_size):
-    model = fixture_model(logit_scale=0.7)
+    model = reference_model(logit_scale=0.7)
     input_ids = load_file(FIXTURES / "plain.safetensors")["input_ids_right"][:, :9]
     expected = whole_logits_loss(model, input_ids)
     expected.backward()
@@ -81,7 +54,7 @@ class LargestLogits(TorchDispatchMode):
 
 
 def test_memory_does_not_grow_with_the_batch():
-    model = fixture_model()
+    model = reference_model()
     input_ids = torch.arange(4 * 64).view(4, 64) % 160
     with LargestLogits() as whole:
         whole_logits_loss(model, input_ids).backward()
@@ -92,8 +65,8 @@ def test_memory_does_not_grow_with_the_batch():
 
 
 def test_training_makes_the_weights_predict_the_next_token(tmp_path):
-    model = fixture_model()
-    processor = fixture_processor()
+    model = reference_model()
+    processor = reference_processor()
     report = stabilize(
         model, processor, TEXTS, steps=60, batch_size=2, block_length=64, learning_rate=1e-2, disable_tqdm=True
     )
@@ -108,9 +81,9 @@ def test_training_makes_the_weights_predict_the_next_token(tmp_path):
 
 def test_checkpoints_and_resuming(tmp_path):
     def run(steps, folder):
-        model = fixture_model()
+        model = reference_model()
         stabilize(
-            model, fixture_processor(), TEXTS, steps=steps, batch_size=2, block_length=32, learning_rate=1e-3,
+            model, reference_processor(), TEXTS, steps=steps, batch_size=2, block_length=32, learning_rate=1e-3,
             lr_scheduler_type="constant", warmup_steps=0, output_dir=folder, disable_tqdm=True,
         )  # fmt: skip
         return model.state_dict()
@@ -122,11 +95,11 @@ def test_checkpoints_and_resuming(tmp_path):
 
 
 def test_lora_and_head_adapter():
-    model = get_peft_model(fixture_model(), LoraConfig(r=4, target_modules=["q_proj", "lm_head"]))
+    model = get_peft_model(reference_model(), LoraConfig(r=4, target_modules=["q_proj", "lm_head"]))
     frozen = model.get_base_model().model.embed_tokens.weight.detach().clone()
     report = stabilize(
         model,
-        fixture_processor(),
+        reference_processor(),
         TEXTS,
         steps=20,
         batch_size=2,
@@ -150,4 +123,4 @@ def test_lora_and_head_adapter():
 )
 def test_clear_errors(overrides, texts, steps, message):
     with pytest.raises(ValueError, match=message):
-        stabilize(fixture_model(**overrides), fixture_processor(), texts, steps=steps)
+        stabilize(reference_model(**overrides), reference_processor(), texts, steps=steps)

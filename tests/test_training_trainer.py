@@ -1,14 +1,11 @@
 """The trainer: exact steps, schedule, resuming, collapse, saving, learning."""
 
-import json
 import math
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, AutoProcessor, PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
 
@@ -23,35 +20,13 @@ from rarezoo.training import (
     quadratic_weight,
 )
 
-FIXTURES = Path(__file__).parent / "fixtures" / "mistral_splade"
-INPUTS = json.loads((FIXTURES / "inputs.json").read_text())
+from .reference import INPUTS, reference_model, reference_processor
+
 ROWS = [
     {"query": query, "positive": positive, "negative": negative}
     for query, positive, negative in zip(INPUTS["queries"], INPUTS["documents"], INPUTS["negatives"])
 ]
 ROWS += [{"query": text, "positive": text[::-1], "negative": text[:9]} for text in INPUTS["plain_texts"]]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Matrices this small lose time to every further thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def fixture_processor():
-    return MistralSpladeProcessor(PreTrainedTokenizerFast.from_pretrained(FIXTURES), attention_mode="echo")
-
-
-def fixture_model(**overrides):
-    settings = json.loads((FIXTURES / "config.json").read_text())
-    for key in ("architectures", "model_type", "dtype"):
-        settings.pop(key)
-    model = MistralSpladeForRetrieval(MistralSpladeConfig(**{**settings, **overrides}))
-    model.load_state_dict(load_file(FIXTURES / "model.safetensors"))
-    return model
 
 
 def arguments(folder, **overrides):
@@ -74,7 +49,7 @@ def arguments(folder, **overrides):
 
 
 def trainer_for(model, args, rows=ROWS, processor=None, **options):
-    processor = processor or fixture_processor()
+    processor = processor or reference_processor()
     return SparseRetrievalTrainer(
         model,
         args,
@@ -91,7 +66,7 @@ def changes(model, before):
 
 def plain_gradients(model, rows, objective_of):
     """Autograd of the whole batch, without trainer, collator or chunks."""
-    processor = fixture_processor()
+    processor = reference_processor()
     queries = model(**processor.process_queries([row["query"] for row in rows])).sparse_embedding
     positives = model(**processor.process_documents([row["positive"] for row in rows])).sparse_embedding
     negatives = model(**processor.process_documents([row["negative"] for row in rows])).sparse_embedding
@@ -105,7 +80,7 @@ def plain_gradients(model, rows, objective_of):
 )
 def test_one_step_is_the_gradient_of_the_whole_batch(tmp_path, batch, accumulation, mini_batch_size):
     """Also under gradient accumulation, where FLOPS and in-batch negatives of the parts would be something else."""
-    model = fixture_model()
+    model = reference_model()
 
     def whole(queries, positives, negatives):
         documents = torch.cat([positives, negatives])
@@ -133,7 +108,7 @@ def test_one_step_is_the_gradient_of_the_whole_batch(tmp_path, batch, accumulati
 
 def test_log_follows_the_schedule(tmp_path):
     objective = SparseObjective(query_regularizer_weight=0.01, document_regularizer_weight=0.02)
-    trainer = trainer_for(fixture_model(), arguments(tmp_path, max_steps=9, learning_rate=0.01), objective=objective)
+    trainer = trainer_for(reference_model(), arguments(tmp_path, max_steps=9, learning_rate=0.01), objective=objective)
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "ranking_loss" in entry]
     assert [entry["query_lambda"] for entry in logs] == pytest.approx(
@@ -154,16 +129,16 @@ def test_distillation_by_scores(tmp_path):
     rows = [{**row, "scores": [4.0 - i, 1.0]} for i, row in enumerate(ROWS)]
     objective = SparseObjective(info_nce_weight=0.0, margin_mse_weight=1.0, kl_weight=1.0)
     args = arguments(tmp_path, max_steps=60, learning_rate=1e-3, optim="adamw_torch")
-    trainer = trainer_for(fixture_model(), args, rows, objective=objective)
+    trainer = trainer_for(reference_model(), args, rows, objective=objective)
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "kl_loss" in entry]
     assert logs[-1]["kl_loss"] < 0.5 * logs[0]["kl_loss"]
     assert logs[-1]["margin_mse_loss"] < 0.5 * logs[0]["margin_mse_loss"]
     with pytest.raises(ValueError, match="neither 'margin' nor 'scores'"):
-        trainer_for(fixture_model(), args, objective=SparseObjective(margin_mse_weight=1.0)).train()
+        trainer_for(reference_model(), args, objective=SparseObjective(margin_mse_weight=1.0)).train()
     with pytest.raises(ValueError, match="distillation needs rows with negatives"):
         pairs = [{"query": row["query"], "positive": row["positive"]} for row in ROWS]
-        trainer_for(fixture_model(), args, pairs, objective=SparseObjective(kl_weight=1.0)).train()
+        trainer_for(reference_model(), args, pairs, objective=SparseObjective(kl_weight=1.0)).train()
 
 
 def test_resumed_run_equals_uninterrupted_run(tmp_path):
@@ -172,7 +147,7 @@ def test_resumed_run_equals_uninterrupted_run(tmp_path):
             control.should_training_stop = state.global_step == 4
 
     def run(folder, callbacks=(), resume=False):
-        model = fixture_model(attention_dropout=0.2, attn_implementation="eager")
+        model = reference_model(attention_dropout=0.2, attn_implementation="eager")
         args = arguments(
             folder,
             max_steps=9,
@@ -209,7 +184,7 @@ def test_collapse_is_noticed(tmp_path, caplog, stop):
         query_regularizer_weight=50.0, document_regularizer_weight=50.0, regularizer_warmup_steps=3
     )
     args = arguments(tmp_path, max_steps=40, optim="adamw_torch", learning_rate=1e-2)
-    trainer = trainer_for(fixture_model(), args, objective=objective, stop_on_collapse=stop)
+    trainer = trainer_for(reference_model(), args, objective=objective, stop_on_collapse=stop)
     trainer.train()
     warnings = [record.getMessage() for record in caplog.records if "collapsed" in record.getMessage()]
     assert len(warnings) == 1
@@ -223,18 +198,18 @@ def test_collapse_is_noticed(tmp_path, caplog, stop):
 
 
 def test_healthy_run_does_not_warn(tmp_path, caplog):
-    trainer_for(fixture_model(), arguments(tmp_path, max_steps=5)).train()
+    trainer_for(reference_model(), arguments(tmp_path, max_steps=5)).train()
     assert not [record for record in caplog.records if "collapsed" in record.getMessage()]
 
 
 def test_nan_is_an_error(tmp_path):
     args = arguments(tmp_path, max_steps=5, learning_rate=1e38)
     with pytest.raises(FloatingPointError, match="Continue from the last checkpoint"):
-        trainer_for(fixture_model(), args).train()
+        trainer_for(reference_model(), args).train()
 
 
 def test_saved_model_opens_with_the_auto_classes(tmp_path):
-    model = fixture_model()
+    model = reference_model()
     trainer = trainer_for(model, arguments(tmp_path / "run", max_steps=2))
     trainer.train()
     trainer.save_model(str(tmp_path / "model"))
@@ -242,13 +217,13 @@ def test_saved_model_opens_with_the_auto_classes(tmp_path):
     processor = AutoProcessor.from_pretrained(tmp_path / "model")
     assert isinstance(reloaded, MistralSpladeForRetrieval)
     texts = INPUTS["documents"]
-    expected = model.encode_documents(texts, fixture_processor(), output="dense")
+    expected = model.encode_documents(texts, reference_processor(), output="dense")
     assert torch.equal(reloaded.encode_documents(texts, processor, output="dense"), expected)
 
 
 def test_bfloat16_autocast_and_activation_checkpointing(tmp_path):
     def losses(**options):
-        model = fixture_model()
+        model = reference_model()
         args = arguments(tmp_path, max_steps=15, optim="adamw_torch", learning_rate=3e-3, **options)
         trainer = trainer_for(model, args, mini_batch_size=4)
         trainer.train()
@@ -268,10 +243,10 @@ def test_bfloat16_autocast_and_activation_checkpointing(tmp_path):
 
 def test_evaluation_logs_every_metric(tmp_path):
     args = arguments(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=6)
-    trainer = trainer_for(fixture_model(), args, eval_dataset=ROWS)
+    trainer = trainer_for(reference_model(), args, eval_dataset=ROWS)
     trainer.train()
     entry = [entry for entry in trainer.state.log_history if "eval_loss" in entry][-1]
-    processor = fixture_processor()
+    processor = reference_processor()
     batch = RetrievalCollator(processor)(ROWS)
     model = trainer.model.eval()
     with torch.no_grad():
@@ -287,7 +262,7 @@ def lora_model(**settings):
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
-    return get_peft_model(fixture_model(), LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, **settings))
+    return get_peft_model(reference_model(), LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, **settings))
 
 
 @pytest.mark.parametrize(
@@ -304,12 +279,12 @@ def test_lora_changes_only_adapters_and_merges(tmp_path, settings):
     logs = [entry["ranking_loss"] for entry in trainer.state.log_history if "ranking_loss" in entry]
     assert logs[-1] < logs[0]
 
-    texts, processor = INPUTS["documents"], fixture_processor()
+    texts, processor = INPUTS["documents"], reference_processor()
     unmerged = model.get_base_model().encode_documents(texts, processor, output="dense")
     merged = model.merge_and_unload()
     assert isinstance(merged, MistralSpladeForRetrieval)
     assert torch.allclose(merged.encode_documents(texts, processor, output="dense"), unmerged, atol=2e-5)
-    assert not torch.allclose(unmerged, fixture_model().encode_documents(texts, processor, output="dense"), atol=1e-3)
+    assert not torch.allclose(unmerged, reference_model().encode_documents(texts, processor, output="dense"), atol=1e-3)
 
 
 class SynonymRetrieval:
