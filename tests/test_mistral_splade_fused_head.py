@@ -355,11 +355,12 @@ def test_compiles_into_one_graph_with_the_same_values_and_gradients(pooling):
     torch.compiler.reset()
 
 
-@pytest.mark.slow
-def test_compiles_with_inductor():
-    model, inputs = tiny_model(), tiny_inputs()
-    compiled = torch.compile(model, fullgraph=True)
-    with torch.no_grad():
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_compiles_without_gradients(frozen, backend):
+    model, inputs = tiny_model().requires_grad_(not frozen), tiny_inputs()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    with torch.set_grad_enabled(frozen):
         torch.testing.assert_close(
             compiled(**inputs).sparse_embedding, model(**inputs).sparse_embedding, atol=1e-5, rtol=0
         )

@@ -144,13 +144,17 @@ def pool_vocabulary_head(
     hiddens = [_take(factor, index) for factor, _ in factors]
     weights = [weight for _, weight in factors]
     # An exported program has no backward pass, and autograd functions would freeze its batch size.
-    exporting = torch.compiler.is_exporting()
+    has_backward = (
+        not torch.compiler.is_exporting()
+        and torch.is_grad_enabled()
+        and any(factor.requires_grad for factor in (*hiddens, *weights))
+    )
     with torch.autocast(device_type, enabled=False):
         if pooling in ("sum", "mean"):
-            pool = _activated_sum if exporting else _ActivatedSum.apply
+            pool = _ActivatedSum.apply if has_backward else _activated_sum
             shares = _shares(valid, pooling, hidden.dtype)
             return pool(shares, activation, logit_scale, tile_size, len(hiddens), *hiddens, *weights)
-        pool = _positive_maximum if exporting else _PositiveMaximum.apply
+        pool = _PositiveMaximum.apply if has_backward else _positive_maximum
         maximum = pool(tile_size, len(hiddens), *hiddens, *weights)
     return _activate_maximum(maximum, valid, activation, logit_scale)
 
