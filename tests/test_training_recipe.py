@@ -233,14 +233,16 @@ def test_lora_run_exports_merged_model_and_adapter(tmp_path, base, on_head):
     assert not torch.allclose(before, unmerged, atol=1e-2)
 
 
+# 64 is the block size of 4-bit quantization.
+FOUR_BIT_SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4,
+                  "head_dim": 16, "initializer_range": 0.1}  # fmt: skip
+
+
 def test_four_bit_run(tmp_path):
     """QLoRA: 4-bit frozen weights, and an export merged into the weights as they were before quantization."""
     from peft import PeftModel
 
-    # 64 is the block size of 4-bit quantization.
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4,
-             "head_dim": 16, "initializer_range": 0.1}  # fmt: skip
-    train(small_recipe(config=sizes, max_steps=2), tmp_path / "base", rows=rows())
+    train(small_recipe(config=FOUR_BIT_SIZES, max_steps=2), tmp_path / "base", rows=rows())
     recipe = SparseTrainingRecipe(
         model=str(tmp_path / "base"), quantization="nf4", dtype="float32", batch_size=16, max_steps=12,
         learning_rate=1e-2, logging_steps=1, save_steps=0,
@@ -261,9 +263,7 @@ def test_four_bit_run(tmp_path):
 
 def test_evaluation_does_not_disturb_four_bit_training(tmp_path):
     """bitsandbytes packs weights for inference in place, and packed weights pass no gradients on."""
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4,
-             "head_dim": 16, "initializer_range": 0.1}  # fmt: skip
-    train(small_recipe(config=sizes, max_steps=2), tmp_path / "base", rows=rows())
+    train(small_recipe(config=FOUR_BIT_SIZES, max_steps=2), tmp_path / "base", rows=rows())
     recipe = SparseTrainingRecipe(
         model=str(tmp_path / "base"), quantization="nf4", dtype="float32", lora_dropout=0.0, batch_size=16,
         max_steps=10, learning_rate=1e-2, save_steps=0,
