@@ -65,6 +65,7 @@ from rarezoo.conversion.mistral_splade_layouts import (
 from rarezoo.conversion.sentence_transformers_files import (
     check_sparse_encoder,
     sparse_encoder_options,
+    without_prompts,
     write_sparse_encoder_files,
 )
 from rarezoo.mistral_splade import (
@@ -255,7 +256,7 @@ def _write_sparse_encoder(
 ) -> _Weights:
     check_sparse_encoder(config, processor)
     weights = _write_weights(encoder, config, MistralSpladeForMaskedLM, reverse(BACKBONE_RULES), target, writing)
-    _write_model_files(target, config, processor, MistralSpladeForMaskedLM)
+    _write_model_files(target, config, without_prompts(processor), MistralSpladeForMaskedLM)
     encoder.notes += write_sparse_encoder_files(target, config, processor)
     _copy_small_files(encoder, target)
     _verify(target, AutoModelForMaskedLM, weights)
@@ -321,40 +322,22 @@ def _build_processor(
         tokenizer.pad_token = tokenizer.eos_token
         encoder.notes.append(f"The tokenizer has no padding token; {tokenizer.eos_token!r} pads.")
     stored = _stored_processor_options(encoder, tokenizer, mode)
+    foreign = [token for token in ("<s>", "</s>") if token not in tokenizer.get_vocab()]
+    if foreign:
+        encoder.notes.append(f"The tokenizer lacks {', '.join(foreign)}; the templates use its own special tokens.")
     return MistralSpladeProcessor(tokenizer, **{**stored, **options, "attention_mode": mode})
 
 
 def _stored_processor_options(encoder: Encoder, tokenizer: PreTrainedTokenizerBase, mode: str) -> dict[str, Any]:
+    if encoder.sparse_encoder is not None and mode in ("plain", "bidirectional"):
+        return sparse_encoder_options(encoder.sparse_encoder, tokenizer)
     for folder in encoder.folders:
         path = folder / "processor_config.json"
         if path.exists() and read_json(path).get("processor_class") == MistralSpladeProcessor.__name__:
             stored = MistralSpladeProcessor.from_pretrained(folder, local_files_only=True)
             if stored.attention_mode == mode:
                 return {name: getattr(stored, name) for name in _PROCESSOR_OPTIONS}
-    if encoder.sparse_encoder is not None and mode in ("plain", "bidirectional"):
-        return sparse_encoder_options(encoder.sparse_encoder, tokenizer)
-    return _templates_in_own_tokens(encoder, tokenizer, mode)
-
-
-def _templates_in_own_tokens(encoder: Encoder, tokenizer: PreTrainedTokenizerBase, mode: str) -> dict[str, Any]:
-    """The mode's default templates with the tokenizer's own begin and end tokens, where it lacks `<s>` and `</s>`."""
-    vocabulary = tokenizer.get_vocab()
-    foreign = {
-        literal: token
-        for literal, token in (("<s>", tokenizer.bos_token), ("</s>", tokenizer.eos_token))
-        if literal not in vocabulary
-    }
-    if not foreign:
-        return {}
-    defaults = MistralSpladeProcessor(tokenizer, attention_mode=mode)
-    options = {}
-    for name in ("query_template", "document_template"):
-        template = getattr(defaults, name)
-        for literal, token in foreign.items():
-            template = template.replace(f"{{{literal}}}", f"{{{token}}}" if token else "").replace(literal, token or "")
-        options[name] = template
-    encoder.notes.append(f"The tokenizer lacks {', '.join(foreign)}; the templates use its own special tokens.")
-    return options
+    return {}
 
 
 def _tokenizer_files(folder: Path) -> list[Path]:

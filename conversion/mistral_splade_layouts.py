@@ -142,6 +142,8 @@ def _find_encoder(role: str, folder: Path, layout: str, base: str | os.PathLike 
     encoder.settings = _retrieval_fields(config)
     if layout == "naver":
         _read_sparse_encoder(encoder)
+    elif layout == "rarezoo" and (folder / POOLING_FOLDER).is_dir():
+        encoder.sparse_encoder = read_sparse_encoder_files(folder)  # our export for its modules: the prompts are there
     return encoder
 
 

@@ -159,6 +159,17 @@ def write_sparse_encoder_files(folder: Path, config: Any, processor: Any) -> tup
     return (f"sentence-transformers has one maximum length: {limit} tokens for queries and documents",)
 
 
+def without_prompts(processor: Any) -> Any:
+    """A copy of a processor that `check_sparse_encoder` accepts, for a folder whose prompts sentence-transformers puts
+    before the text: queries and documents are read alike."""
+    bare = copy.copy(processor)
+    before, _, after = _parse_template(processor.document_template)
+    template = "".join(f"{{{token}}}" for token in before) + "{%%text%%}" + "".join(f"{{{token}}}" for token in after)
+    bare.query_template = bare.document_template = template
+    bare.max_query_length = bare.max_document_length = max(processor.max_query_length, processor.max_document_length)
+    return bare
+
+
 def _parse_template(template: str) -> tuple[list[str], str, list[str]]:
     """Special tokens before, prompt, special tokens after."""
     match = _TEMPLATE.fullmatch(template)

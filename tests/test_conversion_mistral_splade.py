@@ -597,11 +597,12 @@ class TestNaverLayout:
         found = AutoModel.from_pretrained(target).encode_documents(inputs["documents"], output="dense")
         assert (found - peer.encode_document(inputs["documents"]).to_dense()).abs().max() <= TOLERANCE
 
-    def test_our_checkpoints_in_sentence_transformers_own_modules(self, mistral, tmp_path, inputs, run_without_rarezoo):
-        templates = {
-            "query_template": "{<s>}{find: %%text%%}{</s>}",
-            "document_template": "{<s>}{%%text%%}{</s>}",
-        }
+    @pytest.mark.parametrize("prompts", [("find: ", ""), ("find: ", "text: "), ("", "text: ")])
+    def test_our_checkpoints_in_sentence_transformers_own_modules(
+        self, prompts, mistral, tmp_path, inputs, run_without_rarezoo
+    ):
+        query, document = ("{<s>}{" + prompt + "%%text%%}{</s>}" for prompt in prompts)
+        templates = {"query_template": query, "document_template": document}
         expected = {}
         for mode in ("plain", "bidirectional"):
             folder = tmp_path / f"ours-{mode}"
@@ -628,6 +629,10 @@ class TestNaverLayout:
         """)
         differences = json.loads(printed.splitlines()[-1])
         assert len(differences) == 2 and max(differences) <= TOLERANCE
+        # And back: the prompts stand in sentence-transformers' files, not in the processor that these modules call.
+        to_rarezoo(tmp_path / "plain", tmp_path / "back")
+        back = AutoProcessor.from_pretrained(tmp_path / "back")
+        assert (back.query_template, back.document_template) == (query, document)
 
     def test_what_sentence_transformers_cannot_express(self, splade_checkpoint, mistral, target, tmp_path):
         with pytest.raises(ConversionError, match=r"attention_mode 'echo'.*the templates.*keep the rarezoo layout"):

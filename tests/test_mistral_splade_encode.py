@@ -238,8 +238,8 @@ def test_processor_of_another_mode_is_refused(model, tokenizer, mode):
     ("arguments", "error", "message"),
     [
         (dict(texts="a", output="numpy"), ValueError, "output must be 'scipy', 'torch' or 'dense'; found 'numpy'"),
-        (dict(texts="a", top_k=0), ValueError, "top_k must be at least 1; found 0"),
-        (dict(texts="a", batch_size=0), ValueError, "batch_size must be at least 1; found 0"),
+        (dict(texts="a", top_k=0), ValueError, "top_k must be a whole number of at least 1; found 0"),
+        (dict(texts="a", batch_size=0), ValueError, "batch_size must be a whole number of at least 1; found 0"),
         (dict(texts=["a", 3]), TypeError, "the text of a query must be a string; found int"),
         (dict(texts=["a"], prompt=3), TypeError, "the prompt of a query must be a string; found int"),
     ],
@@ -326,6 +326,35 @@ def test_scores_of_every_form(model, processor, inputs):
             scores = model.score(queries[left], documents[right])
             assert scores.layout == torch.strided and scores.shape == (3, 2)
             np.testing.assert_allclose(scores.numpy(), expected, atol=1e-5)
+
+
+def test_scores_of_numpy_arrays(model):
+    queries, documents = np.eye(2, 5, dtype="float32"), np.ones((3, 5), dtype="float32")
+    assert np.array_equal(model.score(queries, documents), np.ones((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (dict(texts=None), TypeError, "expected a text or several; found NoneType"),
+        (dict(texts=[None]), TypeError, "the text of a document must be a string; found NoneType"),
+        (dict(texts="a", top_k=2.5), ValueError, r"top_k must be a whole number of at least 1; found 2\.5"),
+        (dict(texts="a", batch_size="4"), ValueError, "batch_size must be a whole number of at least 1; found '4'"),
+    ],
+)
+def test_arguments_of_other_types_are_refused(model, processor, arguments, error, message):
+    with pytest.raises(error, match=message):
+        model.encode_documents(processor=processor, **arguments)
+
+
+def test_a_tokenizer_is_no_processor(model, tokenizer):
+    with pytest.raises(TypeError, match="expected a MistralSpladeProcessor; found"):
+        model.encode_documents("a", tokenizer)
+
+
+def test_a_row_that_is_not_finite_is_not_explained(model, processor):
+    with pytest.raises(ValueError, match="holds NaN or infinity"):
+        model.explain(torch.full((model.config.vocab_size,), torch.nan), processor)
 
 
 def test_scores_pass_gradients(model):

@@ -93,11 +93,14 @@ def test_pooled_positions_pack_the_mask_and_repeat_the_first():
 
 
 def test_rows_that_pool_nothing_are_zero_even_with_nonfinite_hidden_states():
-    hidden = torch.full((1, 3, 4), float("nan"))
+    hidden = torch.stack([torch.full((3, 4), float("nan")), torch.randn(3, 4)])
+    mask = torch.tensor([[0, 0, 0], [1, 1, 1]])
     for pooling in POOLINGS:
-        assert (
-            pool_vocabulary_head(nn.Linear(4, 9, bias=False), hidden, torch.zeros(1, 3), pooling=pooling) == 0
-        ).all()
+        head = nn.Linear(4, 9, bias=False)
+        pooled = pool_vocabulary_head(head, hidden, mask, pooling=pooling)
+        assert (pooled[0] == 0).all()
+        pooled.sum().backward()
+        assert head.weight.grad.isfinite().all()
 
 
 def test_padding_logits_never_win():

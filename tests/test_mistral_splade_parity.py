@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForMaskedLM, MistralConfig, MistralForCausalLM
 
-from rarezoo import MistralSpladeConfig, MistralSpladeForRetrieval, MistralSpladeProcessor
+from rarezoo import MistralSpladeConfig, MistralSpladeForRetrieval, MistralSpladeModel, MistralSpladeProcessor
 
 from .cases import DEVICE
 
@@ -103,6 +103,28 @@ def test_tied_head(splade_checkpoint, plain, tmp_path):
     assert not any(report.values()), report
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
     assert_close(represent(model.to(DEVICE), plain), plain["rep_max_head_from_embeddings_x0.25"])
+
+
+def test_tied_head_in_place_of_a_stored_one(load, plain, tmp_path):
+    """`tie_word_embeddings` is a switch: the head that the checkpoint holds gives way."""
+    model = load("sdpa", attention_mode="plain", tie_word_embeddings=True, logit_scale=0.25)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert_close(represent(model, plain), plain["rep_max_head_from_embeddings_x0.25"])
+    model.save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    assert_close(represent(AutoModel.from_pretrained(tmp_path).to(DEVICE), plain), represent(model, plain))
+
+
+@pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForMaskedLM])
+def test_a_missing_head_is_not_made_up(auto_class, splade_checkpoint, tmp_path):
+    tied = AutoModel.from_pretrained(splade_checkpoint, tie_word_embeddings=True)
+    tied.save_pretrained(tmp_path / "tied")
+    with pytest.raises(ValueError, match=r"no lm_head\.weight\. If its head is tied"):
+        auto_class.from_pretrained(tmp_path / "tied", tie_word_embeddings=False)
+    AutoModel.from_pretrained(splade_checkpoint).model.save_pretrained(tmp_path / "backbone")
+    with pytest.raises(ValueError, match="if it is a backbone alone, open it with MistralSpladeModel"):
+        auto_class.from_pretrained(tmp_path / "backbone")
+    assert MistralSpladeModel.from_pretrained(tmp_path / "backbone").config.hidden_size == tied.config.hidden_size
 
 
 @pytest.mark.parametrize("padding_side", ["right", "left"])

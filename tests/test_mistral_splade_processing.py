@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoProcessor, AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
 from rarezoo import MistralSpladeProcessor
 
@@ -196,6 +196,43 @@ def test_special_tokens_beside_a_text_are_the_templates(tokenizer):
     assert row[0] == "<s>" and row[-1] == "</s>" and "".join(row[1:-1]).replace("▁", " ").strip() == "a cat"
     # The tokenizer itself is as before for everybody else.
     assert tokenizer.tokenize("</s>") == ["</s>"]
+
+
+@pytest.mark.parametrize(
+    ("special", "expected"),
+    [
+        (
+            {"bos_token": "[BOS]", "eos_token": "[EOS]"},
+            ["[BOS]", "Document", ":", "a", "Document", "again", ":", "a", "[EOS]"],
+        ),
+        ({"eos_token": "[EOS]"}, ["Document", ":", "a", "Document", "again", ":", "a", "[EOS]"]),
+    ],
+)
+def test_start_and_end_tokens_of_other_names(special, expected, tmp_path):
+    """Else "<s>" would be read as three characters, and the text would have no start token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["[UNK]", "[BOS]", "[EOS]", "Document", "again", ":", "a"]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    foreign = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", **special)
+    MistralSpladeProcessor(foreign).save_pretrained(tmp_path)
+    for processor in (MistralSpladeProcessor(foreign), MistralSpladeProcessor.from_pretrained(tmp_path)):
+        batch = processor.process_documents("a")
+        assert tokens(processor, batch) == expected
+        assert tokens(processor, batch, only_pooled=True) == ["a", "[EOS]"]
+
+
+def test_half_a_surrogate_pair_is_named(processor):
+    with pytest.raises(ValueError, match=r"text of a document holds half of a surrogate pair: 'a \\ud83d b'"):
+        processor.process_documents("a \ud83d b")
+
+
+def test_options_that_callers_of_tokenizers_give(processor):
+    batch = processor("a text", padding=True, truncation=True, return_tensors="pt")
+    assert torch.equal(batch["input_ids"], processor.process_documents("a text")["input_ids"])
+    with pytest.raises(ValueError, match="return_tensors must be 'pt'; found 'np'"):
+        processor("a text", return_tensors="np")
 
 
 def test_empty_text_keeps_the_templates_tokens(processor):

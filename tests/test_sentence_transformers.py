@@ -104,6 +104,55 @@ def test_masked_lm_checkpoint_that_splade_pooling_cannot_serve(tmp_path, fixture
     torch.testing.assert_close(encoder.encode_document(inputs["documents"]).to_dense(), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("processor_first", [True, False])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"query_template": "{<s>}{find: %%text%%}"},
+        {"max_query_length": 4},
+        {"query_template": "<s>{%%text%%}", "document_template": "<s>{%%text%%}"},
+        {"query_template": "{<s>}{!%%text%%}{%%text%%}", "document_template": "{<s>}{!%%text%%}{%%text%%}"},
+    ],
+)
+def test_masked_lm_checkpoint_with_inputs_that_splade_pooling_cannot_serve(
+    settings, processor_first, tmp_path, fixture_folder, tokenizer, inputs
+):
+    """sentence-transformers' own modules read queries as documents, and pool every position."""
+    model = MistralSpladeForMaskedLM.from_pretrained(fixture_folder, attention_mode="plain")
+    processor = MistralSpladeProcessor(tokenizer, attention_mode="plain", **settings)
+    for part in (processor, model) if processor_first else (model, processor):
+        part.save_pretrained(tmp_path)
+    encoder = SparseEncoder(str(tmp_path), trust_remote_code=True)
+    retriever = MistralSpladeForRetrieval.from_pretrained(tmp_path)
+    for theirs, ours in (
+        (encoder.encode_query, retriever.encode_queries),
+        (encoder.encode, retriever.encode_documents),
+    ):
+        found = theirs(inputs["plain_texts"]).to_dense()
+        torch.testing.assert_close(found, ours(inputs["plain_texts"], output="dense"), atol=1e-5, rtol=0)
+
+
+def test_top_k_of_the_configuration(tmp_path, fixture_folder, tokenizer, inputs):
+    model = MistralSpladeForRetrieval.from_pretrained(fixture_folder, top_k_query=3, top_k_document=5)
+    model.save_pretrained(tmp_path)
+    MistralSpladeProcessor(tokenizer).save_pretrained(tmp_path)
+    encoder = SparseEncoder(str(tmp_path), trust_remote_code=True)
+    for theirs, ours in (
+        (encoder.encode_query, model.encode_queries),
+        (encoder.encode_document, model.encode_documents),
+    ):
+        expected = ours(inputs["documents"], MistralSpladeProcessor(tokenizer), output="dense")
+        assert expected.count_nonzero(dim=1).tolist() == [3 if ours == model.encode_queries else 5] * len(expected)
+        torch.testing.assert_close(theirs(inputs["documents"]).to_dense(), expected, atol=1e-5, rtol=0)
+
+
+def test_a_processor_of_another_mode_is_refused(tmp_path, fixture_folder, tokenizer):
+    MistralSpladeForRetrieval.from_pretrained(fixture_folder).save_pretrained(tmp_path)
+    MistralSpladeProcessor(tokenizer, attention_mode="plain").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"built for attention_mode='echo'.*prepares 'plain' inputs"):
+        SparseEncoder(str(tmp_path), trust_remote_code=True)
+
+
 def test_max_active_dims_equals_top_k(splade_checkpoint, inputs):
     encoder = SparseEncoder(str(splade_checkpoint), trust_remote_code=True)
     theirs = encoder.encode_document(inputs["documents"], max_active_dims=5).to_dense()

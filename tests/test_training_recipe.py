@@ -154,6 +154,67 @@ def test_resume_after_a_kill(tmp_path):
         train(recipe, tmp_path / "parts", rows=rows(), resume=True)
 
 
+@pytest.mark.parametrize("damage", ["no state", "cut weights"])
+def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(damage, tmp_path, caplog):
+    recipe = small_recipe(max_steps=9, save_steps=2)
+    train(recipe, tmp_path / "whole", rows=rows())
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, tmp_path / "parts", rows=rows(), callbacks=[Interrupt()])
+    newest = tmp_path / "parts" / "checkpoints" / "checkpoint-4"
+    if damage == "no state":
+        (newest / "trainer_state.json").unlink()
+    else:
+        (newest / "model.safetensors").write_bytes((newest / "model.safetensors").read_bytes()[:5000])
+    train(recipe, tmp_path / "parts", rows=rows(), resume=True)
+    assert "checkpoint-4 was not written to its end" in caplog.text
+    whole, parts = (load_file(tmp_path / run / "model.safetensors") for run in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_resume_after_a_kill_during_the_export(base, tmp_path, monkeypatch):
+    recipe = SparseTrainingRecipe(model=str(base), lora=True, batch_size=16, max_steps=4, save_steps=2)
+    train(recipe, tmp_path / "whole", rows=rows())
+    with monkeypatch.context() as killed:
+        killed.setattr("rarezoo.training.run.write_whole", lambda path, text: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(recipe, tmp_path / "run", rows=rows())
+    assert (tmp_path / "run" / "adapter").is_dir()
+    (tmp_path / "run" / ".export-1").mkdir()
+    train(recipe, tmp_path / "run", rows=rows(), resume=True)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == sorted(
+        path.name for path in (tmp_path / "whole").iterdir()
+    )
+
+
+def test_a_run_that_cannot_begin_leaves_nothing(tmp_path):
+    with pytest.raises(ValueError, match="positive"):
+        train(small_recipe(), tmp_path / "run", rows=[{"query": "no positive"}] * 20)
+    with pytest.raises(OSError):
+        train(SparseTrainingRecipe(model=str(tmp_path / "nowhere")), tmp_path / "run", rows=rows())
+    assert not (tmp_path / "run").exists()
+    train(small_recipe(max_steps=2), tmp_path / "run", rows=rows())
+
+
+def test_lora_on_a_tied_head(tmp_path):
+    """Merged into the matrix that both share, the head's update would change the embeddings."""
+    from peft import PeftModel
+
+    tied = {**small_recipe().config, "tie_word_embeddings": True}
+    train(small_recipe(config=tied, max_steps=2), tmp_path / "base", rows=rows())
+    recipe = SparseTrainingRecipe(
+        model=str(tmp_path / "base"), lora=True, lora_on_head=True, dtype="float32", batch_size=16, max_steps=6,
+        learning_rate=1e-2, save_steps=0,
+    )  # fmt: skip
+    train(recipe, tmp_path / "run", rows=rows())
+    base, merged = (load_file(tmp_path / run / "model.safetensors") for run in ("base", "run"))
+    assert torch.equal(base["model.embed_tokens.weight"], merged["model.embed_tokens.weight"])
+    assert not torch.equal(merged["lm_head.weight"], merged["model.embed_tokens.weight"])
+    processor = AutoProcessor.from_pretrained(tmp_path / "run")
+    adapted = PeftModel.from_pretrained(AutoModel.from_pretrained(tmp_path / "base"), tmp_path / "run" / "adapter")
+    expected = encode(adapted.get_base_model(), processor)
+    assert torch.allclose(encode(AutoModel.from_pretrained(tmp_path / "run"), processor), expected, atol=2e-5)
+
+
 def test_rows_by_id(tmp_path):
     texts = rows(16)
     (tmp_path / "queries.jsonl").write_text(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -22,7 +23,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint, set_seed
+from transformers.trainer_utils import set_seed
 from transformers.utils import logging
 
 from rarezoo.auto import FAMILIES, Family
@@ -76,8 +77,7 @@ def train(
     """
     output_dir = Path(output_dir)
     processes = PartialState()
-    if processes.is_main_process:
-        _claim_folder(recipe, output_dir, resume)
+    _check_folder(recipe, output_dir, resume)
     processes.wait_for_everyone()
     checkpoints = output_dir / CHECKPOINT_FOLDER
     rows = _rows(rows, recipe.training_data, "training_data")
@@ -108,9 +108,9 @@ def train(
     trainer.pop_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(_QuietProgressCallback)
-    result = trainer.train(
-        resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    )
+    if processes.is_main_process:
+        recipe.save(output_dir / RECIPE_FILE)
+    result = trainer.train(resume_from_checkpoint=_last_whole_checkpoint(checkpoints))
     if processes.is_main_process:
         _export(recipe, trainer.accelerator.unwrap_model(model), processor, trainer.state.log_history, output_dir)
     processes.wait_for_everyone()
@@ -194,6 +194,10 @@ def _load_weights(recipe: SparseTrainingRecipe, family: Family, lora: bool, quan
             llm_int8_skip_modules=list(family.full_precision_modules),
         )
     model = AutoModel.from_pretrained(str(recipe.model), **options)
+    if recipe.lora_on_head and model.config.tie_word_embeddings:
+        # Merged into a shared matrix, the head's update would change the embeddings too.
+        model.config.tie_word_embeddings = False
+        model.get_output_embeddings().weight = torch.nn.Parameter(model.get_output_embeddings().weight.detach().clone())
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes would pack the weights at the first evaluation, and later steps would silently give no
@@ -234,22 +238,42 @@ def _check_pair(config: Any, processor: Any) -> None:
         )
 
 
-def _claim_folder(recipe: SparseTrainingRecipe, output_dir: Path, resume: bool) -> None:
-    """Store the recipe in the folder, or see that it is the one whose run is resumed."""
-    stored = output_dir / RECIPE_FILE
+def _check_folder(recipe: SparseTrainingRecipe, output_dir: Path, resume: bool) -> None:
+    """See that the folder is free, or that it holds the run that is resumed."""
     if not resume:
         if output_dir.exists() and any(output_dir.iterdir()):
             raise FileExistsError(
                 f"{output_dir} is not empty; choose another folder, or resume the run that began there"
             )
-        recipe.save(stored)
         return
-    earlier = SparseTrainingRecipe.load(stored)
+    earlier = SparseTrainingRecipe.load(output_dir / RECIPE_FILE)
     if earlier != recipe:
         changed = sorted(name for name, value in earlier.to_dict().items() if recipe.to_dict()[name] != value)
         raise ValueError(f"cannot resume {output_dir} with another recipe; these fields differ: {', '.join(changed)}")
     if (output_dir / LOG_FILE).exists():
         raise FileExistsError(f"the run in {output_dir} is finished; choose another folder")
+
+
+def _last_whole_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end; a kill in the middle of one leaves the one before."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    for checkpoint in found:
+        if _is_whole(checkpoint):
+            return str(checkpoint)
+        logger.warning(f"{checkpoint} was not written to its end and is passed over")
+    return None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """transformers writes weights, optimizer, scheduler and, last, the state of the run."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        for path in checkpoint.glob("*.safetensors"):
+            with safe_open(path, framework="pt"):
+                pass
+    except (OSError, ValueError, SafetensorError):
+        return False
+    return any(checkpoint.glob("*.safetensors")) and (checkpoint / "optimizer.pt").is_file()
 
 
 def _rows(rows: Rows | None, path: str | None, name: str) -> Rows:
@@ -305,6 +329,8 @@ def _export(
 ) -> None:
     """Write the final files beside, then move them into place; the log comes last and marks a finished run."""
     scratch = output_dir / f".export-{os.getpid()}"
+    for left_over in output_dir.glob(".export-*"):  # of a run that was killed here
+        shutil.rmtree(left_over)
     try:
         if hasattr(model, "merge_and_unload"):
             # The vocabulary head is not saved along with an adapter on it: it is the base model's.
@@ -313,6 +339,8 @@ def _export(
         model.save_pretrained(scratch)
         processor.save_pretrained(scratch)
         for path in sorted(scratch.iterdir()):
+            if path.is_dir():
+                shutil.rmtree(output_dir / path.name, ignore_errors=True)
             os.replace(path, output_dir / path.name)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -44,7 +44,7 @@ class MistralSpladeConfig(MistralConfig):
             Factor on the logits before the activation; Lion-SP (arXiv 2502.15526) uses `hidden_size ** -0.25`.
         head_chunk_size (`int`, defaults to 512):
             Vocabulary entries per tile of the fused head. Working memory is batch x pooled length x head_chunk_size
-            logits; the result does not depend on it.
+            logits (four times as many, in bfloat16, where a CPU screens first); the result does not depend on it.
         top_k_query, top_k_document (`int`, *optional*):
             Largest weights that `encode_queries` / `encode_documents` keep per row by default; None keeps all.
         excluded_token_ids (`list[int]`, defaults to none):

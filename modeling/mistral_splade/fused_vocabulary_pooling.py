@@ -153,6 +153,8 @@ def pool_vocabulary_head(
         if pooling in ("sum", "mean"):
             pool = _ActivatedSum.apply if has_backward else _activated_sum
             shares = _shares(valid, pooling, hidden.dtype)
+            # Zero times infinity is NaN: what is not pooled must not reach a product.
+            hiddens = [torch.where(valid.unsqueeze(-1), factor, 0.0) for factor in hiddens]
             return pool(shares, activation, logit_scale, tile_size, len(hiddens), *hiddens, *weights)
         pool = _PositiveMaximum.apply if has_backward else _positive_maximum
         maximum = pool(tile_size, len(hiddens), *hiddens, *weights)

@@ -5,10 +5,9 @@ relu(logits)) over the marked positions (SPLADE-max, arXiv 2109.10086 formula 4;
 twice, arXiv 2408.11119).
 """
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from numbers import Integral
 
 import torch
 from torch import nn
@@ -52,6 +51,30 @@ class MistralSpladePreTrainedModel(MistralPreTrainedModel):
         super().__init__(config, *args, **kwargs)
 
 
+class MistralSpladeHeadModel(MistralSpladePreTrainedModel):
+    """What the two models with a vocabulary head share: how the head comes from a checkpoint."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def tie_weights(self, missing_keys=None, recompute_mapping=True):
+        """Tie as the configuration says, even where the checkpoint holds a head of its own (transformers would then
+        leave it untied); and refuse to go on with random weights where it holds none.
+
+        Raises:
+            ValueError: the checkpoint has no head, and it is not tied.
+        """
+        tied = self.config.tie_word_embeddings
+        if not tied and missing_keys and "lm_head.weight" in missing_keys:
+            raise ValueError(
+                "the checkpoint has no lm_head.weight. If its head is tied to the embeddings, load it with "
+                "tie_word_embeddings=True; if it is a backbone alone, open it with MistralSpladeModel"
+            )
+        super().tie_weights(missing_keys=missing_keys, recompute_mapping=recompute_mapping)
+        head = self.get_output_embeddings()
+        if tied and type(head) is nn.Linear:
+            head.weight = self.get_input_embeddings().weight
+
+
 class MistralSpladeModel(MistralSpladePreTrainedModel, MistralModel):
     """The backbone: Mistral, causal or, with `attention_mode="bidirectional"`, without the causal mask."""
 
@@ -65,11 +88,10 @@ class MistralSpladeModel(MistralSpladePreTrainedModel, MistralModel):
             layer.self_attn.is_causal = config.is_causal
 
 
-class MistralSpladeForMaskedLM(MistralSpladePreTrainedModel):
+class MistralSpladeForMaskedLM(MistralSpladeHeadModel):
     """Backbone and vocabulary head with all logits: what sentence-transformers' `SparseEncoder` builds its pooling
     on."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
     _auto_class = "AutoModelForMaskedLM"
@@ -116,13 +138,15 @@ class MistralSpladeForMaskedLM(MistralSpladePreTrainedModel):
         plain = config.attention_mode in ("plain", "bidirectional") and not config.logit_shift
         splade_max = config.pooling == "max" and config.activation == "log1p_relu" and not config.excluded_token_ids
         if is_main_process and not (plain and splade_max):
-            _write_sparse_encoder_files(save_directory)
+            # Imported here for speed; by this line transformers also copies that file into every checkpoint.
+            from .sentence_transformers_mistral_splade import write_sparse_encoder_files
+
+            write_sparse_encoder_files(save_directory)
 
 
-class MistralSpladeForRetrieval(MistralSpladePreTrainedModel):
+class MistralSpladeForRetrieval(MistralSpladeHeadModel):
     """Sparse retriever: the fused head pools the logits of the marked positions into one vector per text."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _auto_class = "AutoModel"
 
@@ -198,7 +222,10 @@ class MistralSpladeForRetrieval(MistralSpladePreTrainedModel):
         """As in transformers; also writes the files by which sentence-transformers opens the folder."""
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
-            _write_sparse_encoder_files(save_directory)
+            # Imported here for speed; by this line transformers also copies that file into every checkpoint.
+            from .sentence_transformers_mistral_splade import write_sparse_encoder_files
+
+            write_sparse_encoder_files(save_directory)
 
     def encode_queries(
         self,
@@ -248,10 +275,11 @@ class MistralSpladeForRetrieval(MistralSpladePreTrainedModel):
     def _encode_texts(self, kind, texts, processor, values, batch_size, top_k, output, show_progress_bar):
         if output not in ("scipy", "torch", "dense"):
             raise ValueError(f"output must be 'scipy', 'torch' or 'dense'; found {output!r}")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k must be at least 1; found {top_k}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1; found {batch_size}")
+        for name, value in (("top_k", top_k), ("batch_size", batch_size)):
+            if not (value is None and name == "top_k") and not (isinstance(value, Integral) and value >= 1):
+                raise ValueError(f"{name} must be a whole number of at least 1; found {value!r}")
+        if not isinstance(texts, Iterable):
+            raise TypeError(f"expected a text or several; found {type(texts).__name__}")
         texts = [texts] if isinstance(texts, str) else list(texts)
         processor = self._usable_processor(processor)
         was_training = self.training
@@ -281,6 +309,17 @@ class MistralSpladeForRetrieval(MistralSpladePreTrainedModel):
             if self._processor is None:
                 self._processor = _stored_processor(self.config)
             processor = self._processor
+        return self.check_processor(processor)
+
+    def check_processor(self, processor: MistralSpladeProcessor) -> MistralSpladeProcessor:
+        """The processor, if it belongs to this model.
+
+        Raises:
+            TypeError: it is something else, such as a tokenizer.
+            ValueError: another attention mode or vocabulary.
+        """
+        if not hasattr(processor, "process_queries"):
+            raise TypeError(f"expected a MistralSpladeProcessor; found {type(processor).__name__}")
         if processor.attention_mode != self.config.attention_mode:
             raise ValueError(
                 f"the model was built for attention_mode={self.config.attention_mode!r}, but the processor prepares "
@@ -319,11 +358,11 @@ class MistralSpladeForRetrieval(MistralSpladePreTrainedModel):
         """Dot products of all queries with all documents.
 
         Args:
-            queries: (n, vocab_size), scipy sparse, torch sparse CSR or dense.
+            queries: (n, vocab_size), scipy sparse, numpy, torch sparse CSR or dense.
             documents: (m, vocab_size), of the same kind.
 
         Returns:
-            (n, m): a float32 numpy array for scipy inputs, else a dense tensor (differentiable for dense inputs).
+            (n, m): a numpy array for scipy or numpy inputs, else a dense tensor (differentiable for dense inputs).
         """
         if isinstance(queries, torch.Tensor) != isinstance(documents, torch.Tensor):
             raise TypeError(
@@ -336,7 +375,8 @@ class MistralSpladeForRetrieval(MistralSpladePreTrainedModel):
                 "expected the same vocabulary"
             )
         if not isinstance(queries, torch.Tensor):
-            return (queries @ documents.T).toarray()
+            scores = queries @ documents.T
+            return scores.toarray() if hasattr(scores, "toarray") else scores
         if documents.layout != torch.strided:
             documents = documents.to_dense()
         return queries @ documents.T
@@ -382,20 +422,15 @@ def _encode(model, input_ids, attention_mask, position_ids, inputs_embeds, **kwa
     )
 
 
-def _write_sparse_encoder_files(folder) -> None:
-    # Imported here for speed; by this line transformers also copies that file into every checkpoint.
-    from .sentence_transformers_mistral_splade import MODULES, SPARSE_ENCODER_CONFIG
-
-    for name, content in (("modules", MODULES), ("config_sentence_transformers", SPARSE_ENCODER_CONFIG)):
-        (Path(folder) / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
 def _stored_processor(config: MistralSpladeConfig) -> MistralSpladeProcessor:
     source = config._name_or_path
     if not source:
         raise ValueError("this model was not loaded from a checkpoint: pass processor=MistralSpladeProcessor(...)")
+    # Where this module itself was loaded from a checkpoint, its user has agreed to run the checkpoint's code.
+    trusted = __name__.startswith("transformers_modules.")
+    revision = getattr(config, "_commit_hash", None)
     try:
-        return MistralSpladeProcessor.from_pretrained(source, revision=getattr(config, "_commit_hash", None))
+        return MistralSpladeProcessor.from_pretrained(source, revision=revision, trust_remote_code=trusted)
     except (OSError, TypeError, ValueError) as error:
         raise ValueError(
             f"no processor could be loaded from {source}, where the model comes from; expected processor_config.json "
@@ -448,4 +483,6 @@ def _dense_row(embedding, vocab_size: int) -> torch.Tensor:
         raise TypeError(f"expected a text, a scipy sparse row or a tensor; found {type(embedding).__name__}")
     if row.numel() != vocab_size:
         raise ValueError(f"expected one row of {vocab_size} weights; found shape {tuple(embedding.shape)}")
+    if not row.isfinite().all():
+        raise ValueError("expected finite weights; the row holds NaN or infinity")
     return row.reshape(-1)

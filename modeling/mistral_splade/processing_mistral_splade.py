@@ -40,7 +40,8 @@ class MistralSpladeProcessor(ProcessorMixin):
             templates.
         query_template, document_template (`str`, *optional*):
             Templates in the brace grammar. They must contain `%%text%%`; `%%prompt%%` is the only other variable that
-            `process_queries` and `process_documents` fill.
+            `process_queries` and `process_documents` fill. `<s>` and `</s>` become the tokenizer's own start and end
+            tokens where these have other names, and are left out where it has none.
         prompt (`str`):
             Default value of `%%prompt%%`.
         max_query_length, max_document_length (`int`, defaults to 256):
@@ -75,8 +76,10 @@ class MistralSpladeProcessor(ProcessorMixin):
         super().__init__(tokenizer, chat_template=chat_template)
         default_query, default_document = _DEFAULT_TEMPLATES[attention_mode]
         self.attention_mode = attention_mode
-        self.query_template = default_query if query_template is None else query_template
-        self.document_template = default_document if document_template is None else document_template
+        self.query_template = self._in_own_tokens(default_query if query_template is None else query_template)
+        self.document_template = self._in_own_tokens(
+            default_document if document_template is None else document_template
+        )
         self.prompt = prompt
         self.max_query_length = max_query_length
         self.max_document_length = max_document_length
@@ -87,13 +90,17 @@ class MistralSpladeProcessor(ProcessorMixin):
     def __call__(self, text: str | Sequence[str], kind: str = "document", **kwargs) -> BatchEncoding:
         """`process_queries` or `process_documents`, by `kind`.
 
-        Generic callers (sentence-transformers' fill-mask module, pipelines) also send transformers' grouped options,
-        such as `text_kwargs={"padding": True, "truncation": …}`; the template and its lengths decide these here.
+        Callers used to tokenizers may say `padding`, `truncation` and `return_tensors="pt"`; generic callers
+        (sentence-transformers' fill-mask module, pipelines) send these in groups, such as `text_kwargs={…}`. The
+        template and its lengths decide padding and truncation here, and the result is torch tensors.
         """
         if kind not in ("query", "document"):
             raise ValueError(f"kind must be 'query' or 'document'; found {kind!r}")
+        if kwargs.get("return_tensors") not in (None, "pt"):
+            raise ValueError(f"return_tensors must be 'pt'; found {kwargs['return_tensors']!r}")
         process = self.process_queries if kind == "query" else self.process_documents
-        own = {name: value for name, value in kwargs.items() if not name.endswith("_kwargs")}
+        decided = ("padding", "truncation", "return_tensors")
+        own = {name: value for name, value in kwargs.items() if name not in decided and not name.endswith("_kwargs")}
         return process(text, **own)
 
     def process_queries(
@@ -139,6 +146,19 @@ class MistralSpladeProcessor(ProcessorMixin):
         token = self.tokenizer.convert_ids_to_tokens(token_id) if token_id < len(self.tokenizer) else None
         return f"<id {token_id}>" if token is None else token
 
+    def save_pretrained(self, save_directory, **kwargs):
+        """As in transformers. sentence-transformers' own modules read queries with the document template and pool every
+        position: where that is not what this processor does, its `SparseEncoder` is given this family's module."""
+        written = super().save_pretrained(save_directory, **kwargs)
+        query, document = self._template("query"), self._template("document")
+        everything_pooled = not _PIECE.sub("", query[0]) and "{!" not in query[0]
+        if query != document or not everything_pooled:
+            # Imported here for speed; by this line transformers also copies that file beside the processor.
+            from .sentence_transformers_mistral_splade import write_sparse_encoder_files
+
+            write_sparse_encoder_files(save_directory)
+        return written
+
     @property
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", "pool_mask"]
@@ -156,6 +176,16 @@ class MistralSpladeProcessor(ProcessorMixin):
         if kind == "document":
             return self.document_template, self.max_document_length
         raise ValueError(f"kind must be 'query' or 'document'; found {kind!r}")
+
+    def _in_own_tokens(self, template: str) -> str:
+        if self.tokenizer is None or not isinstance(template, str):
+            return template
+        for literal, token in (("<s>", self.tokenizer.bos_token), ("</s>", self.tokenizer.eos_token)):
+            token_id = self.tokenizer.convert_tokens_to_ids(literal)
+            known = token_id is not None and self.tokenizer.convert_ids_to_tokens(token_id) == literal
+            if literal in template and not known:
+                template = template.replace(literal, token or "").replace("{}", "")
+        return template
 
     def _check_template(self, kind: str) -> None:
         template, _ = self._template(kind)
@@ -182,6 +212,8 @@ class MistralSpladeProcessor(ProcessorMixin):
         for name, value in values.items():
             if not isinstance(value, str):
                 raise TypeError(f"the {name} of a {kind} must be a string; found {type(value).__name__}")
+            if any("\ud800" <= character <= "\udfff" for character in value):
+                raise ValueError(f"the {name} of a {kind} holds half of a surrogate pair: {value[:80]!r}")
         pieces, end = [], 0
         for match in _PIECE.finditer(template):
             pieces.append((template[end : match.start()], False, False, limit))

@@ -4,6 +4,10 @@
 trust_remote_code=True)` then gives the model's own vectors, in every attention mode, through the fused head.
 """
 
+import json
+from pathlib import Path
+
+import torch
 from transformers import AutoModel, AutoProcessor
 
 try:
@@ -22,18 +26,24 @@ SPARSE_ENCODER_CONFIG: dict[str, object] = {
 }
 
 
+def write_sparse_encoder_files(folder) -> None:
+    """Make `SparseEncoder(folder, trust_remote_code=True)` build `MistralSpladeEncoder`."""
+    for name, content in (("modules", MODULES), ("config_sentence_transformers", SPARSE_ENCODER_CONFIG)):
+        (Path(folder) / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
 class MistralSpladeEncoder(InputModule):
     """Texts to `sentence_embedding` (batch, vocab_size) float32: the processor's templates and the retrieval model.
 
     `encode_query` uses the query template, `encode_document` and `encode` the document template. A
     sentence-transformers prompt fills the template's `%%prompt%%` where it has one and is put before the text where
-    it has none.
+    it has none. Of each vector the `top_k_query` or `top_k_document` largest weights of the configuration are kept.
     """
 
     def __init__(self, model, processor):
         super().__init__()
         self.model = model
-        self.processor = processor
+        self.processor = model.check_processor(processor)
 
     @property
     def tokenizer(self):
@@ -59,12 +69,17 @@ class MistralSpladeEncoder(InputModule):
             values = {"prompt": prompt}
         elif prompt:
             inputs = [prompt + text for text in inputs]
-        return dict(self.processor.process([(kind, {"text": text, **values}) for text in inputs]))
+        features = dict(self.processor.process([(kind, {"text": text, **values}) for text in inputs]))
+        return {**features, "top_k": getattr(self.model.config, f"top_k_{kind}")}
 
     def forward(self, features, **kwargs):
         names = [*self.processor.model_input_names, "position_ids"]
         inputs = {name: features[name] for name in names if name in features}
-        features["sentence_embedding"] = self.model(**inputs).sparse_embedding
+        embedding = self.model(**inputs).sparse_embedding
+        if features.get("top_k") is not None:
+            kept = embedding.argsort(dim=1, descending=True, stable=True)[:, : features["top_k"]]
+            embedding = torch.zeros_like(embedding).scatter(1, kept, embedding.gather(1, kept))
+        features["sentence_embedding"] = embedding
         return features
 
     def save(self, output_path, *args, safe_serialization=True, **kwargs):
