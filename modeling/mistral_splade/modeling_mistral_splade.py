@@ -58,21 +58,18 @@ class MistralSpladeHeadModel(MistralSpladePreTrainedModel):
 
     def tie_weights(self, missing_keys=None, recompute_mapping=True):
         """Tie as the configuration says, even where the checkpoint holds a head of its own (transformers would then
-        leave it untied); and refuse to go on with random weights where it holds none.
-
-        Raises:
-            ValueError: the checkpoint has no head, and it is not tied.
-        """
+        leave it untied)."""
         tied = self.config.tie_word_embeddings
         if not tied and missing_keys and "lm_head.weight" in missing_keys:
-            raise ValueError(
-                "the checkpoint has no lm_head.weight. If its head is tied to the embeddings, load it with "
-                "tie_word_embeddings=True; if it is a backbone alone, open it with MistralSpladeModel"
+            logger.warning(
+                "The checkpoint has no lm_head.weight: until it is trained, the head is random and the vectors mean "
+                "nothing. If the head is tied to the embeddings, load it with tie_word_embeddings=True; if the "
+                "checkpoint is a backbone alone, open it with MistralSpladeModel."
             )
-        super().tie_weights(missing_keys=missing_keys, recompute_mapping=recompute_mapping)
         head = self.get_output_embeddings()
         if tied and type(head) is nn.Linear:
             head.weight = self.get_input_embeddings().weight
+        super().tie_weights(missing_keys=missing_keys, recompute_mapping=recompute_mapping)
 
 
 class MistralSpladeModel(MistralSpladePreTrainedModel, MistralModel):
