@@ -93,11 +93,15 @@ def test_plain_representations(load, plain, padding_side, attention, expected, f
     assert_close(represent(model, plain, padding_side), plain[expected])
 
 
-def test_tied_head(splade_checkpoint, plain, tmp_path):
+@pytest.mark.parametrize("stored", ["as the embeddings", "as the head"])
+def test_tied_head(stored, splade_checkpoint, plain, tmp_path):
     """The embeddings as head, with the logit scale that brings them to a logit's size: a checkpoint without a head."""
     shutil.copytree(splade_checkpoint, tmp_path, dirs_exist_ok=True)
     weights = load_file(tmp_path / "model.safetensors")
-    del weights["lm_head.weight"]
+    if stored == "as the head":
+        weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
+    else:
+        del weights["lm_head.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     fields = dict(attention_mode="plain", tie_word_embeddings=True, logit_scale=0.25)
     model, report = AutoModel.from_pretrained(tmp_path, output_loading_info=True, **fields)

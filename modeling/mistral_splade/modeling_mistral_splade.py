@@ -67,7 +67,7 @@ class MistralSpladeHeadModel(MistralSpladePreTrainedModel):
                 "checkpoint is a backbone alone, open it with MistralSpladeModel."
             )
         head = self.get_output_embeddings()
-        if tied and type(head) is nn.Linear:
+        if tied and type(head) is nn.Linear and "model.embed_tokens.weight" not in (missing_keys or ()):
             head.weight = self.get_input_embeddings().weight
         super().tie_weights(missing_keys=missing_keys, recompute_mapping=recompute_mapping)
 
