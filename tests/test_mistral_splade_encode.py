@@ -260,6 +260,22 @@ def test_processor_of_the_checkpoint_is_the_default(model, processor, texts, spl
     assert np.array_equal(other.toarray(), model.encode_queries(texts, processor, prompt="find").toarray())
 
 
+def test_trust_given_once_is_enough(splade_checkpoint, run_without_rarezoo):
+    """transformers asks on the terminal before it runs a checkpoint's code; this model's user has answered already."""
+    printed = run_without_rarezoo(f"""
+        import builtins
+        from transformers import AutoModel
+
+        def refuse(question=""):
+            raise AssertionError(question)
+
+        builtins.input = refuse
+        model = AutoModel.from_pretrained({str(splade_checkpoint)!r}, trust_remote_code=True)
+        print(model.encode_documents(["a cat"]).nnz > 0)
+    """)
+    assert printed.split()[-1] == "True"
+
+
 def test_model_without_a_checkpoint_asks_for_a_processor(model):
     fresh = MistralSpladeForRetrieval(MistralSpladeConfig(**{**model.config.to_dict(), "_name_or_path": ""}))
     with pytest.raises(ValueError, match="not loaded from a checkpoint: pass processor=MistralSpladeProcessor"):
