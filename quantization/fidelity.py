@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import inspect
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -102,15 +103,23 @@ def _overlap(expected: set, found: set) -> float:
 
 
 def rank(model: Any, processor: Any, evaluation: EvaluationSet) -> dict[str, dict[str, float]]:
-    """Query id -> {document id: score}, the `TOP_DOCUMENTS` best; equal scores rank in the order of the documents."""
-    queries = model.encode_queries(list(evaluation.queries.values()), processor=processor, show_progress_bar=True)
+    """The `TOP_DOCUMENTS` best documents of every judged query, as `rarezoo eval` ranks them.
+
+    Only scores above 0 count; a document with the identifier of the query does not; equal scores rank by falling
+    document id, which is trec_eval's order.
+
+    Returns:
+        {query id: {document id: score}}, best first.
+    """
+    judged = {query: text for query, text in evaluation.queries.items() if query in evaluation.qrels}
+    queries = model.encode_queries(list(judged.values()), processor=processor, show_progress_bar=True)
     documents = model.encode_documents(list(evaluation.documents.values()), processor=processor, show_progress_bar=True)
     names = list(evaluation.documents)
     run = {}
-    for row, query in enumerate(evaluation.queries):
+    for row, query in enumerate(judged):
         scores = (documents @ queries[row].T).toarray().ravel()
-        best = np.argsort(-scores, kind="stable")[:TOP_DOCUMENTS]
-        run[query] = {names[i]: float(scores[i]) for i in best}
+        found = [(float(scores[i]), names[i]) for i in np.flatnonzero(scores > 0) if names[i] != query]
+        run[query] = {name: score for score, name in sorted(found, reverse=True)[:TOP_DOCUMENTS]}
     return run
 
 
@@ -121,9 +130,9 @@ def compare_runs(
 ) -> dict[str, Any]:
     """nDCG@10 of two results of `rank`, and the mean share of the first documents that both have."""
     quality = {"full_precision": _ndcg(full_precision, evaluation), "quantized": _ndcg(quantized, evaluation)}
-    overlaps = [_overlap(set(full_precision[query]), set(quantized[query])) for query in evaluation.queries]
+    overlaps = [_overlap(set(documents), set(quantized[query])) for query, documents in full_precision.items()]
     return {
-        "queries": len(evaluation.queries),
+        "queries": len(full_precision),
         "documents": len(evaluation.documents),
         "nDCG@10": {**quality, "change": quality["quantized"] - quality["full_precision"]},
         f"top_{TOP_DOCUMENTS}_document_overlap": float(np.mean(overlaps)),
@@ -136,11 +145,18 @@ def _compare_retrieval(models: Mapping[str, Any], processor: Any, evaluation: Ev
 
 
 def _ndcg(run: Mapping[str, Mapping[str, float]], evaluation: EvaluationSet) -> float:
+    """Mean over all judged queries; one without results counts as 0."""
     import ir_measures
 
-    judged = {query: dict(grades) for query, grades in evaluation.qrels.items() if query in run}
-    measure = ir_measures.nDCG @ 10
-    return float(ir_measures.calc_aggregate([measure], judged, run)[measure])
+    # Ranks in place of scores: ir-measures' programs order equal scores differently.
+    ranks = {
+        query: {name: float(-place) for place, name in enumerate(documents)}
+        for query, documents in run.items()
+        if documents and query in evaluation.qrels
+    }
+    judged = {query: dict(grades) for query, grades in evaluation.qrels.items()}
+    values = [value.value for value in ir_measures.iter_calc([ir_measures.nDCG @ 10], judged, ranks)] if ranks else []
+    return math.fsum(values) / len(judged)
 
 
 def measure_latency(models: Mapping[str, Any], processor: Any, texts: list[str]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from rarezoo.mistral_splade import (
 )
 from rarezoo.quantization import EvaluationSet, quantize, save_quantized
 from rarezoo.quantization.fidelity import compare_embeddings, compare_runs, rank, sample_documentation
+from rarezoo.retrieval import evaluate_run
 
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("torchao")
@@ -306,29 +307,50 @@ def test_compare_embeddings_against_numbers_by_hand():
         compare_embeddings(first, csr_matrix(np.full((3, 3), np.nan)))
 
 
+class Table:
+    """A retriever that looks its vectors up by text."""
+
+    def __init__(self, vectors):
+        self.vectors = vectors
+
+    def encode_queries(self, texts, **_):
+        return csr_matrix(np.array([self.vectors[text] for text in texts]))
+
+    encode_documents = encode_queries
+
+
 def test_compare_runs_against_numbers_by_hand():
-    class Table:
-        """A retriever that looks its vectors up."""
-
-        def __init__(self, queries, documents):
-            self.queries, self.documents = csr_matrix(queries), csr_matrix(documents)
-
-        def encode_queries(self, texts, **_):
-            return self.queries
-
-        def encode_documents(self, texts, **_):
-            return self.documents
-
     evaluation = EvaluationSet({"q": "?"}, {"a": "x", "b": "y", "c": "z"}, {"q": {"b": 1}})
-    good = Table(np.array([[1.0, 0.0]]), np.array([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0]]))
-    worse = Table(np.array([[1.0, 0.0]]), np.array([[2.0, 0.0], [1.0, 0.0], [0.0, 3.0]]))
+    good = Table({"?": [1.0, 0.0], "x": [1.0, 0.0], "y": [2.0, 0.0], "z": [0.0, 3.0]})
+    worse = Table({**good.vectors, "x": [2.0, 0.0], "y": [1.0, 0.0]})
     runs = [rank(model, None, evaluation) for model in (good, worse)]
-    assert runs[0] == {"q": {"b": 2.0, "a": 1.0, "c": 0.0}}
+    assert runs[0] == {"q": {"b": 2.0, "a": 1.0}}
     found = compare_runs(*runs, evaluation)
     assert found["nDCG@10"]["full_precision"] == pytest.approx(1.0)
     assert found["nDCG@10"]["quantized"] == pytest.approx(1 / np.log2(3))
     assert found["nDCG@10"]["change"] == pytest.approx(1 / np.log2(3) - 1)
     assert found["top_10_document_overlap"] == 1.0
+
+
+def test_ranking_leaves_out_what_was_not_found():
+    """Documents without a common term, the query's own document, queries without judgements; ties as in trec_eval."""
+    nothing = EvaluationSet({"q": ""}, {f"d{i}": "paris" for i in range(5)}, {"q": {"d4": 1}})
+    silent = Table({"": [0.0], "paris": [1.0]})
+    runs = [rank(silent, None, nothing)] * 2
+    assert runs[0] == {"q": {}}
+    assert compare_runs(*runs, nothing)["nDCG@10"]["full_precision"] == 0
+
+    queries = {"d1": "?", "unjudged": "?", "lost": ""}
+    evaluation = EvaluationSet(queries, nothing.documents, {"d1": {"d3": 1}, "lost": {"d0": 1}, "absent": {"d0": 1}})
+    model = Table({**silent.vectors, "?": [2.0]})
+    run = rank(model, None, evaluation)
+    assert list(run) == ["d1", "lost"] and list(run["d1"]) == ["d4", "d3", "d2", "d0"]
+    found = compare_runs(run, run, evaluation)
+    assert found["queries"] == 2
+    assert found["nDCG@10"]["full_precision"] == pytest.approx(1 / np.log2(3) / 3)
+    with pytest.warns(UserWarning, match="2 of 3 judged queries have no results"):
+        measured = evaluate_run(run, evaluation.qrels, ["nDCG@10"])
+    assert found["nDCG@10"]["quantized"] == pytest.approx(measured["nDCG@10"])
 
 
 def test_evaluation_set_without_judgements():
