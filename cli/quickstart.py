@@ -21,6 +21,7 @@ from rarezoo.cli.docstring_corpus import DocstringPair, read_docstring_pairs
 DOCUMENTS = 4000
 HELD_OUT_QUERIES = 400
 STEPS = 90
+FIGURES_FILE = "quickstart.json"
 QUESTIONS = (
     "how do I read rows of a csv file",
     "open a zip archive",
@@ -49,18 +50,19 @@ def run(output: Path, documents: int = DOCUMENTS, steps: int = STEPS, seed: int 
     """Run the tour and return its figures.
 
     Args:
-        output: folder for the checkpoint, the index, the quantized copies and the picture; replaces those of an
-            earlier tour.
+        output: folder for the checkpoint, the index, the quantized copies and the picture: new, empty, or that of an
+            earlier tour, which is replaced.
         documents: documentation strings to work on.
         steps: optimiser steps.
         seed: of the split and of the training.
+
+    Raises:
+        FileExistsError: the folder holds something else.
     """
     logging.set_verbosity_error()
     logging.disable_progress_bar()  # those of loading and saving, a moment each
     started = time.perf_counter()
-    output.mkdir(parents=True, exist_ok=True)
-    for name in ("model", "index", "embeddings", "quantized"):
-        shutil.rmtree(output / name, ignore_errors=True)
+    _claim_folder(output)
     tour = _Tour(output, read_docstring_pairs(documents, seed), seed)
     tour.train(steps)
     tour.load_without_rarezoo()
@@ -69,10 +71,20 @@ def run(output: Path, documents: int = DOCUMENTS, steps: int = STEPS, seed: int 
     tour.quantize()
     tour.draw()
     tour.figures["seconds"] = round(time.perf_counter() - started)
-    (output / "quickstart.json").write_text(json.dumps(tour.figures, indent=2) + "\n", encoding="utf-8")
+    (output / FIGURES_FILE).write_text(json.dumps(tour.figures, indent=2) + "\n", encoding="utf-8")
     typer.echo(f"\nDone in {tour.figures['seconds']} s. Everything is in {output}; try\n")
     typer.echo(f'    rarezoo search {output / "index"} --model {output / "model"} "parse command line options"\n')
     return tour.figures
+
+
+def _claim_folder(output: Path) -> None:
+    """Make the folder, without what an earlier tour left there; its file of figures tells that it is one."""
+    if output.exists() and not (output / FIGURES_FILE).exists() and (output.is_file() or any(output.iterdir())):
+        raise FileExistsError(f"{output} holds other files; choose a new folder for the quickstart")
+    output.mkdir(parents=True, exist_ok=True)
+    (output / FIGURES_FILE).write_text("{}\n", encoding="utf-8")
+    for name in ("model", "index", "embeddings", "quantized"):
+        shutil.rmtree(output / name, ignore_errors=True)
 
 
 class _Tour:

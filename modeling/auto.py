@@ -32,7 +32,8 @@ class Family:
         base_model: name of the headless model class.
         auto_classes: AutoClass name -> name of the model class that it gives.
         processor: name of the processor class, or None.
-        lora_target_modules: what a bare `LoraConfig()` adapts.
+        lora_target_modules: what a bare `LoraConfig()` adapts, and the PEFT tuners that adapt the same layers.
+        backbone: model type whose defaults serve PEFT's other tuners, such as IA3, or None.
         full_precision_modules: modules that quantized variants leave alone (output heads; embeddings never are
             quantized, since only `nn.Linear` is).
         paper: arXiv identifier.
@@ -47,6 +48,7 @@ class Family:
     auto_classes: dict[str, str]
     processor: str | None = None
     lora_target_modules: tuple[str, ...] = ()
+    backbone: str | None = None
     full_precision_modules: tuple[str, ...] = ()
     paper: str | None = None
 
@@ -80,24 +82,12 @@ FAMILIES: dict[str, Family] = {
             },
             processor="MistralSpladeProcessor",
             lora_target_modules=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+            backbone="mistral",
             full_precision_modules=("lm_head",),
             paper="2408.11119",
         ),
     )
 }
-
-# Every PEFT tuner whose default targets are the linear projections; LoRA's table is the one the others were copied
-# from.
-_PEFT_TABLES = (
-    "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
-    "TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING",
-    "TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING",
-    "TRANSFORMERS_MODELS_TO_LOHA_TARGET_MODULES_MAPPING",
-    "TRANSFORMERS_MODELS_TO_LOKR_TARGET_MODULES_MAPPING",
-    "TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING",
-    "TRANSFORMERS_MODELS_TO_BOFT_TARGET_MODULES_MAPPING",
-    "TRANSFORMERS_MODELS_TO_RANDLORA_TARGET_MODULES_MAPPING",
-)
 
 
 class _LazyRegistry(dict):
@@ -192,12 +182,19 @@ def _register_tokenizers(module: ModuleType) -> None:
     _make_lazy(module.TOKENIZER_MAPPING, {family.config: entry(family) for family in FAMILIES.values()})
 
 
-def _register_lora_targets(module: ModuleType) -> None:
-    for table_name in _PEFT_TABLES:
-        table = getattr(module, table_name, None)
-        if table is not None:
-            for family in FAMILIES.values():
-                table.setdefault(family.name, list(family.lora_target_modules))
+def _register_peft_targets(module: ModuleType) -> None:
+    """Every tuner has a table of its own; most hold copies of LoRA's."""
+    lora = module.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    tables = [
+        table
+        for name, table in vars(module).items()
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and name.endswith("_MODULES_MAPPING")
+    ]
+    for family in FAMILIES.values():
+        linear = lora.get(family.backbone)
+        for table in tables:
+            usual = table.get(family.backbone, linear)
+            table.setdefault(family.name, list(family.lora_target_modules if usual == linear else usual))
 
 
 _AFTER_IMPORT: dict[str, Callable[[ModuleType], None]] = {
@@ -205,7 +202,7 @@ _AFTER_IMPORT: dict[str, Callable[[ModuleType], None]] = {
     "transformers.models.auto.modeling_auto": _register_models,
     "transformers.models.auto.processing_auto": _register_processors,
     "transformers.models.auto.tokenization_auto": _register_tokenizers,
-    "peft.utils.constants": _register_lora_targets,
+    "peft.utils.constants": _register_peft_targets,
 }
 
 
@@ -214,19 +211,26 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
     def __init__(self, pending: dict[str, Callable[[ModuleType], None]]):
         self.pending = dict(pending)
+        self.searching: set[str] = set()
 
     def find_spec(self, fullname, path=None, target=None):
-        callback = self.pending.pop(fullname, None)
-        if callback is None:
+        if fullname not in self.pending or fullname in self.searching:
             return None
-        spec = importlib.util.find_spec(fullname)
+        self.searching.add(fullname)
+        try:
+            spec = importlib.util.find_spec(fullname)  # by the other finders
+        finally:
+            self.searching.discard(fullname)
         if spec is None or spec.loader is None:
             return spec
         run_module = spec.loader.exec_module
 
         def run_module_then_register(module: ModuleType) -> None:
             run_module(module)
-            callback(module)
+            # Only now: a specification may be asked for without an import.
+            callback = self.pending.pop(fullname, None)
+            if callback is not None:
+                callback(module)
 
         spec.loader.exec_module = run_module_then_register  # type: ignore[method-assign]
         return spec

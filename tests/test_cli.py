@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -181,8 +182,21 @@ def test_encode_is_what_the_model_says_and_goes_on(splade_checkpoint, collection
 
 @pytest.mark.slow
 def test_two_processes_write_the_same_files(splade_checkpoint, collection, embeddings, tmp_path):
-    launch = "accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no".split()
-    command = ["-m", *launch, "--dynamo_backend", "no", "-m", "rarezoo.cli", "encode"]
+    script = tmp_path / "command.py"
+    script.write_text(
+        "import os, pathlib\n"
+        f"pathlib.Path({str(tmp_path)!r}, 'process' + os.environ['RANK']).touch()\n"
+        "from rarezoo.cli import main\n"
+        "main()\n"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # With --cpu, accelerate starts a single process unless there is MPI; --multi_gpu starts them all, and without GPUs
+    # they run on the CPU.
+    launch = f"accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port {port}"
+    options = "--mixed_precision no --dynamo_backend no"
+    command = ["-m", *launch.split(), *options.split(), script, "encode"]
     finished = subprocess.run(
         [sys.executable, *command, splade_checkpoint, collection, tmp_path / "out", "--batch-size=2", "--shard-size=3"],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -191,6 +205,7 @@ def test_two_processes_write_the_same_files(splade_checkpoint, collection, embed
         timeout=240,
     )
     assert finished.returncode == 0, finished.stderr
+    assert {path.name for path in tmp_path.glob("process*")} == {"process0", "process1"}
     assert len(finished.stdout.splitlines()) == 1
     names = sorted(path.name for path in embeddings.iterdir())
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names

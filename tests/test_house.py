@@ -213,6 +213,7 @@ print(json.dumps([
         "import rarezoo",
         "from transformers import AutoModel, AutoConfig, AutoProcessor, AutoTokenizer; import peft; import rarezoo",
         "import torch; from rarezoo.mistral_splade import MistralSpladeConfig",
+        "import rarezoo, importlib.util; assert importlib.util.find_spec('transformers.models.auto.modeling_auto')",
         pytest.param("import transformers; import rarezoo", marks=pytest.mark.slow),
         pytest.param("import rarezoo; from transformers import AutoModel", marks=pytest.mark.slow),
         pytest.param("import rarezoo; import peft; import transformers", marks=pytest.mark.slow),
@@ -298,7 +299,24 @@ print(json.dumps([type(AutoModel.from_config(small)).__name__, "own_bert" in CON
     assert answer_of(code) == ["OwnModel", True, True]
 
 
-@pytest.mark.parametrize("tuner", ["LoraConfig", "AdaLoraConfig", "VeraConfig", "LoHaConfig", "LoKrConfig"])
+@pytest.mark.parametrize(
+    ("tuner", "targets"),
+    [
+        ("IA3Config", {"k_proj", "v_proj", "down_proj"}),
+        ("LNTuningConfig", {"input_layernorm", "post_attention_layernorm", "norm"}),
+    ],
+)
+def test_tuners_of_other_layers_find_the_backbone_s(tuner, targets):
+    import peft
+
+    config = rarezoo.load_preset("mistral_splade", "tiny", num_hidden_layers=1, vocab_size=64)
+    model = peft.get_peft_model(rarezoo.MistralSpladeForRetrieval(config), getattr(peft, tuner)())
+    assert {name.split(".")[-1] for name in model.base_model.targeted_module_names} == targets
+
+
+@pytest.mark.parametrize(
+    "tuner", ["LoraConfig", "AdaLoraConfig", "VeraConfig", "LoHaConfig", "LoKrConfig", "FourierFTConfig", "MissConfig"]
+)
 def test_bare_peft_configurations_find_their_targets(tuner):
     import peft
 

@@ -54,9 +54,18 @@ def test_pairs_have_one_answer_each():
     assert {"test", "idlelib"}.isdisjoint(parts) and len(set(parts)) > 20
 
 
+def test_other_peoples_folders_are_left_alone(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "precious").touch()
+    with pytest.raises(FileExistsError, match="holds other files; choose a new folder for the quickstart"):
+        quickstart.run(tmp_path)
+    assert [path.name for path in tmp_path.rglob("*")] == ["model", "precious"]
+
+
 def test_a_small_tour(tmp_path, capsys):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "left.over").touch()
+    (tmp_path / "quickstart.json").touch()  # as an earlier tour leaves it
     figures = quickstart.run(tmp_path, documents=300, steps=3)
     assert json.loads((tmp_path / "quickstart.json").read_text()) == json.loads(json.dumps(figures))
     assert (figures["documents"], figures["held-out queries"]) == (300, 60)
