@@ -320,13 +320,19 @@ class SparseIndex:
         return rows
 
     def compact(self) -> None:
-        """Rewrite the index without deleted documents and with as few segments as possible; whole or not at all."""
+        """Rewrite the index without deleted documents and with as few segments as possible; whole or not at all.
+
+        Raises:
+            ValueError: a file does not match its checksum; the index is left as it was.
+            CannotWriteError: full disk or read-only folder.
+        """
         self._replace_segments(lambda: self._write_new_segments(self._live_rows()))
 
     def _live_rows(self) -> Iterator[_Rows]:
         bar = tqdm(total=len(self), desc="Compacting", unit="document", delay=1.0)
         with bar:
             for segment in self._segments:
+                segment.verify()  # or damage would be given a valid checksum
                 for rows in segment.live_rows():
                     yield rows
                     bar.update(len(rows.ids))
@@ -334,9 +340,7 @@ class SparseIndex:
     def verify(self) -> None:
         """Read every file and compare it with its checksum; a ValueError names a damaged one."""
         for segment in self._segments:
-            storage.verify_checksum(segment.path, segment.tensors)
-            if segment.tombstones is not None:
-                storage.verify_checksum(segment.tombstones, {"deleted": segment.deleted})
+            segment.verify()
 
     def _ids_of(self, documents: np.ndarray) -> list[str]:
         if len(self._segments) == 1:
@@ -430,6 +434,15 @@ class _Segment:
             raise ValueError(f"{self.path} is damaged: 'term_offsets' does not increase from 0 to {self.num_postings}")
         return offsets.reshape(-1, self.vocab_size + 1)
 
+    def verify(self) -> None:
+        """Compare the files with their checksums."""
+        storage.verify_checksum(self.path, self.tensors)
+        self._verify_tombstones()
+
+    def _verify_tombstones(self) -> None:
+        if self.tombstones is not None:
+            storage.verify_checksum(self.tombstones, {"deleted": self.deleted})
+
     def find(self, digests: np.ndarray) -> np.ndarray:
         """(n,) int64: documents with these identifiers, -1 where there is none or it is deleted."""
         known = self.tensors["id_digests"].view("S16")
@@ -451,6 +464,7 @@ class _Segment:
 
     def write_tombstones(self, documents: np.ndarray) -> dict[str, Any]:
         """Write a new file of tombstones, with these documents too; returns the segment's new row."""
+        self._verify_tombstones()
         deleted = np.zeros(self.num_documents, dtype=np.uint8)
         deleted[: len(self.deleted)] = self.deleted
         deleted[documents] = 1

@@ -128,6 +128,8 @@ def search_segment(
                 top_documents[query],
                 top_sizes[query],
             )
+        # Nothing lies there unless the file is damaged; a later search of another index must not find it.
+        accumulator[block_length:] = 0
 
 
 @_compiled
@@ -148,7 +150,7 @@ def _collect(accumulator, block_length, deleted, block_start, first_document, sc
         for number in range(_STRIP):
             above += np.int32(strip[number] > threshold)
         if above:
-            for number in range(_STRIP):
+            for number in range(min(_STRIP, block_length - start)):
                 document = start + number
                 score = strip[number]
                 if score > threshold and (deleted.size == 0 or deleted[block_start + document] == 0):

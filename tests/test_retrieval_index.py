@@ -329,6 +329,51 @@ def test_damaged_folders_are_named(small: tuple[SparseIndex, SparseEmbeddings], 
             SparseIndex.open(folder)
 
 
+@pytest.mark.parametrize(("tensor", "damage"), [("documents", b"\xf0\xff"), ("weights", b"\x00\x00\x80\x3e")])
+def test_a_damaged_segment_is_not_compacted(small, tensor: str, damage: bytes) -> None:
+    """Rewriting it would give the damage a valid checksum; document numbers out of range would end the process."""
+    index, _ = small
+    path = index.folder / "segment-00000.safetensors"
+    whole = path.read_bytes()
+    at = whole.index(load_file(path)[tensor].tobytes())
+    path.write_bytes(whole[:at] + damage + whole[at + len(damage) :])
+    before = contents(index.folder)
+    for act in ("verify", "compact"):
+        program = f"import sys; from rarezoo.retrieval import SparseIndex; SparseIndex.open(sys.argv[1]).{act}()"
+        finished = subprocess.run([sys.executable, "-c", program, str(index.folder)], capture_output=True, text=True)
+        assert finished.returncode == 1
+        assert "segment-00000.safetensors is damaged: its contents do not match" in finished.stderr.splitlines()[-1]
+    assert contents(index.folder) == before
+
+
+def test_damaged_tombstones_are_not_rewritten(small: tuple[SparseIndex, SparseEmbeddings]) -> None:
+    index, _ = small
+    index.delete(["d3"])
+    path = index.folder / "segment-00000.deleted-00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    for change in (lambda: index.delete(["d5"]), index.compact):
+        with pytest.raises(ValueError, match=r"deleted-00001\.safetensors is damaged: its contents"):
+            change()
+
+
+def test_searching_a_damaged_index_does_not_reach_into_another(tmp_path: Path) -> None:
+    """Document numbers beyond the end of the damaged index exist in the healthy one."""
+    columns = np.ones((10, 1), dtype=np.float32)
+    damaged = SparseIndex.build(embeddings("d", scipy.sparse.csr_matrix(columns)), tmp_path / "damaged")
+    generator = np.random.default_rng(0)
+    documents = embeddings("h", random_rows(1000, 20, 4, generator))
+    healthy = SparseIndex.build(documents, tmp_path / "healthy")
+    path = damaged.folder / "segment-00000.safetensors"
+    whole = path.read_bytes()
+    at = whole.index(np.arange(10, dtype=np.uint16).tobytes())
+    path.write_bytes(whole[:at] + np.array([500, 30], dtype=np.uint16).tobytes() + whole[at + 4 :])
+    query = scipy.sparse.csr_matrix(np.full((1, 1), 50, dtype=np.float32))
+    found = SparseIndex.open(damaged.folder).search(query, top_k=20)[0]
+    assert found == [(f"d{row}", 50.0) for row in range(2, 10)]
+    queries = random_rows(1, 20, 10, generator)
+    assert healthy.search(queries) == brute_force(by_name(documents), queries, 10)
+
+
 def test_building_never_overwrites(small: tuple[SparseIndex, SparseEmbeddings]) -> None:
     index, documents = small
     before = contents(index.folder)
