@@ -22,11 +22,13 @@ class QueryEncoder:
 
     def __init__(self, encoder: Any, processor: Any = None):
         from rarezoo.retrieval import model_fingerprint
+        from rarezoo.retrieval.fingerprint import vocabulary_fingerprint
 
         self._encoder = encoder
         self._processor = processor
         # Weights of an inference-free query come from a corpus: they fit the vectors of any model with that vocabulary.
         self._fingerprint = model_fingerprint(encoder) if processor is not None else None
+        self._vocabulary = vocabulary_fingerprint((processor or encoder).tokenizer)
 
     @classmethod
     def load(cls, model: str, device: str | None = None, dtype: str | None = None) -> QueryEncoder:
@@ -43,7 +45,7 @@ class QueryEncoder:
         from rarezoo.retrieval import SparseEmbeddings
 
         rows = self._encoder.encode_queries(list(texts), self._processor, show_progress_bar=show_progress_bar)
-        return SparseEmbeddings(list(ids), rows, fingerprint=self._fingerprint)
+        return SparseEmbeddings(list(ids), rows, self._fingerprint, self._vocabulary)
 
     def token(self, token_id: int) -> str:
         """Surface form of a vocabulary entry."""

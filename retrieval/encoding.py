@@ -19,7 +19,7 @@ import scipy.sparse
 from tqdm.auto import tqdm
 
 from rarezoo.retrieval import storage
-from rarezoo.retrieval.fingerprint import model_fingerprint, processor_fingerprint
+from rarezoo.retrieval.fingerprint import model_fingerprint, processor_fingerprint, vocabulary_fingerprint
 from rarezoo.retrieval.sparse_embeddings import (
     MANIFEST_NAME,
     SeenIds,
@@ -31,6 +31,9 @@ from rarezoo.retrieval.sparse_embeddings import (
     write_manifest,
     write_shard,
 )
+
+# Jobs begun by rarezoo's first version do not know them, and may be resumed.
+_LATER_SETTINGS = ("vocabulary",)
 
 
 class Text(Protocol):
@@ -136,6 +139,7 @@ class _Job:
         self.settings = {
             "fingerprint": model_fingerprint(model),
             "processor": processor_fingerprint(processor),
+            "vocabulary": vocabulary_fingerprint(processor.tokenizer),
             "encoded": kind,
             "top_k": self.top_k,
             "shard_size": shard_size,
@@ -159,7 +163,7 @@ class _Job:
         differing = [
             f"{name}: {manifest.get(name)!r} there, {value!r} now"
             for name, value in self.settings.items()
-            if manifest.get(name) != value
+            if manifest.get(name, value if name in _LATER_SETTINGS else None) != value
         ]
         if differing:
             raise ValueError(

@@ -7,6 +7,8 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from rarezoo.retrieval.token_keys import surface_forms
+
 if TYPE_CHECKING:
     import torch
 
@@ -72,6 +74,19 @@ def processor_fingerprint(processor: Any) -> str:
     # Left behind by the last call, not part of the tokenizer.
     tokenizer.update(padding=None, truncation=None)
     content = json.dumps([processor.to_dict(), tokenizer], sort_keys=True, default=str)
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+
+def vocabulary_fingerprint(vocabulary: Any) -> str:
+    """Hash of the tokens in the order of their ids: vectors of equal size whose dimensions mean other words differ.
+
+    Args:
+        vocabulary: a tokenizer, or a sequence of tokens in the order of their ids.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+    content = json.dumps(surface_forms(vocabulary, len(vocabulary)))
     return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
 

@@ -33,6 +33,7 @@ import numpy as np
 import scipy.sparse
 
 from rarezoo.retrieval import storage
+from rarezoo.retrieval.fingerprint import vocabulary_fingerprint
 from rarezoo.retrieval.sparse_embeddings import SparseEmbeddings
 from rarezoo.retrieval.text_files import file_written_beside, open_text, read_lines, write_errors_for
 from rarezoo.retrieval.token_keys import TokenLookup, token_keys
@@ -105,7 +106,7 @@ def export_embeddings(
     Raises:
         FileExistsError: `path` exists.
         ValueError: an unknown format, a weight that is not a positive normal number, an id or field that the format
-            cannot hold, or more tokens than dimensions.
+            cannot hold, more tokens than dimensions, or tokens of another vocabulary than the embeddings'.
         OSError: the target cannot be written.
     """
     path = Path(path)
@@ -118,6 +119,7 @@ def export_embeddings(
         with file_written_beside(path) as partial:
             _write_npz(embeddings, partial)
         return
+    _check_tokens(tokens, embeddings)
     text_format = _TEXT_FORMATS[format]
     keys = token_keys(tokens, embeddings.vocab_size, text_format.forbidden) if text_format.named else None
     rows = _counted(_rows_of(embeddings, text_format, keys), len(embeddings), show_progress_bar)
@@ -176,6 +178,17 @@ def import_embeddings(
 def _check_format(format: str) -> None:
     if format != "scipy" and format not in _TEXT_FORMATS:
         raise ValueError(f"unknown format {format!r}; expected one of {', '.join([*_TEXT_FORMATS, 'scipy'])}")
+
+
+def _check_tokens(tokens: Any, embeddings: SparseEmbeddings) -> None:
+    if tokens is None or embeddings.vocabulary is None or len(tokens) > embeddings.vocab_size:
+        return
+    found = vocabulary_fingerprint(tokens)
+    if found != embeddings.vocabulary:
+        raise ValueError(
+            f"the embeddings have the vocabulary {embeddings.vocabulary}, these tokens are of {found}: every dimension "
+            "would get a wrong name. Take the tokenizer of the model that encoded them."
+        )
 
 
 def _counted(rows: Iterator[_Row], total: int | None, show_progress_bar: bool) -> Iterator[_Row]:

@@ -313,29 +313,35 @@ class SparseEmbeddings:
         ids: n distinct strings.
         matrix: scipy sparse (n, vocab_size); converted to CSR float32 with sorted indices, stored zeros dropped.
         fingerprint: the model's, from `model_fingerprint`; None when the vectors' origin is unknown.
+        vocabulary: what the dimensions are called, from `vocabulary_fingerprint`; None when that is unknown.
 
     Raises:
         ValueError: counts differ, an identifier comes twice, or a weight is negative, NaN or infinite.
         TypeError: `matrix` is not a scipy sparse matrix, or an identifier is not a string.
     """
 
-    def __init__(self, ids: Sequence[str], matrix: Any, fingerprint: str | None = None):
+    def __init__(self, ids: Sequence[str], matrix: Any, fingerprint: str | None = None, vocabulary: str | None = None):
         ids = list(ids)
         canonical = canonical_rows(matrix, ids)
         PackedIds.pack(ids)
         SeenIds().add(ids)
-        self._set_shards([_Shard.in_memory(ids, canonical)], canonical.shape[1], fingerprint)
+        self._set_shards([_Shard.in_memory(ids, canonical)], canonical.shape[1], fingerprint, vocabulary)
 
-    def _set_shards(self, shards: list[_Shard], vocab_size: int, fingerprint: str | None) -> None:
+    def _set_shards(
+        self, shards: list[_Shard], vocab_size: int, fingerprint: str | None, vocabulary: str | None
+    ) -> None:
         self._shards = shards
         self._starts = np.concatenate([[0], np.cumsum([shard.num_documents for shard in shards], dtype=np.int64)])
         self.vocab_size = vocab_size
         self.fingerprint = fingerprint
+        self.vocabulary = vocabulary
 
     @classmethod
-    def _from_shards(cls, shards: list[_Shard], vocab_size: int, fingerprint: str | None) -> SparseEmbeddings:
+    def _from_shards(
+        cls, shards: list[_Shard], vocab_size: int, fingerprint: str | None, vocabulary: str | None
+    ) -> SparseEmbeddings:
         embeddings = cls.__new__(cls)
-        embeddings._set_shards(shards, vocab_size, fingerprint)
+        embeddings._set_shards(shards, vocab_size, fingerprint, vocabulary)
         return embeddings
 
     def __len__(self) -> int:
@@ -377,7 +383,8 @@ class SparseEmbeddings:
             blocks.append(self._shards[number].matrix[inside])
         matrix = scipy.sparse.vstack(blocks, format="csr")[np.argsort(order, kind="stable")]
         all_ids = self.ids
-        return SparseEmbeddings([all_ids[int(position)] for position in positions], matrix, self.fingerprint)
+        ids = [all_ids[int(position)] for position in positions]
+        return SparseEmbeddings(ids, matrix, self.fingerprint, self.vocabulary)
 
     def iter_shards(self, verify: bool = False) -> Iterator[SparseEmbeddings]:
         """The shards in order, each a container of its own (still memory-mapped when this one is).
@@ -388,7 +395,7 @@ class SparseEmbeddings:
         for shard in self._shards:
             if verify:
                 shard.verify()
-            yield self._from_shards([shard], self.vocab_size, self.fingerprint)
+            yield self._from_shards([shard], self.vocab_size, self.fingerprint, self.vocabulary)
 
     @staticmethod
     def concatenate(parts: Sequence[SparseEmbeddings]) -> SparseEmbeddings:
@@ -399,13 +406,16 @@ class SparseEmbeddings:
         """
         if not parts:
             raise ValueError("expected at least one container to concatenate, found none")
-        for name in ("vocab_size", "fingerprint"):
+        for name in ("vocab_size", "fingerprint", "vocabulary"):
             values = {getattr(part, name) for part in parts}
+            if name == "vocabulary":
+                values.discard(None)  # the same model, as its fingerprint tells, from a source that does not name it
             if len(values) > 1:
                 raise ValueError(f"cannot concatenate embeddings with different {name}: {sorted(map(str, values))}")
         ids = [identifier for part in parts for identifier in part.ids]
         matrix = scipy.sparse.vstack([part.matrix for part in parts], format="csr")
-        return SparseEmbeddings(ids, matrix, parts[0].fingerprint)
+        vocabulary = next((part.vocabulary for part in parts if part.vocabulary), None)
+        return SparseEmbeddings(ids, matrix, parts[0].fingerprint, vocabulary)
 
     def top_k(self, k: int) -> SparseEmbeddings:
         """Keep the k largest weights of every row, in memory; of equal weights the lower vocabulary index.
@@ -417,7 +427,8 @@ class SparseEmbeddings:
         blocks = [_top_k_rows(shard.matrix, k) for shard in self._shards]
         empty = scipy.sparse.csr_matrix((0, self.vocab_size), dtype=np.float32)
         matrix = scipy.sparse.vstack([empty, *blocks], format="csr")
-        return self._from_shards([_Shard.in_memory(list(self.ids), matrix)], self.vocab_size, self.fingerprint)
+        shard = _Shard.in_memory(list(self.ids), matrix)
+        return self._from_shards([shard], self.vocab_size, self.fingerprint, self.vocabulary)
 
     def save(self, folder: str | os.PathLike[str], shard_size: int = 65536) -> None:
         """Write a new folder of shards with at most `shard_size` rows each; whole or not at all.
@@ -433,7 +444,8 @@ class SparseEmbeddings:
             for number, start in enumerate(starts):
                 part = self[start : start + shard_size]
                 write_shard(partial / shard_name(number), part.ids, part.matrix)
-            write_manifest(partial, len(starts), self.vocab_size, fingerprint=self.fingerprint)
+            origin = {"fingerprint": self.fingerprint, "vocabulary": self.vocabulary}
+            write_manifest(partial, len(starts), self.vocab_size, **origin)
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], mmap: bool = True) -> SparseEmbeddings:
@@ -463,7 +475,8 @@ class SparseEmbeddings:
                     f"{path} is damaged or truncated: {path.stat().st_size} bytes, expected {row['num_bytes']}"
                 )
             shards.append(_Shard(row["num_documents"], row["num_postings"], manifest["vocab_size"], path, mmap))
-        return cls._from_shards(shards, manifest["vocab_size"], manifest["fingerprint"])
+        vocabulary = manifest.get("vocabulary")  # folders of rarezoo's first version have none
+        return cls._from_shards(shards, manifest["vocab_size"], manifest["fingerprint"], vocabulary)
 
     def verify(self) -> None:
         """Read every shard and check its checksum, its weights and that no identifier comes twice.

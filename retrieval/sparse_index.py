@@ -95,6 +95,7 @@ class SparseIndex:
     Attributes:
         folder: where it is.
         fingerprint: of the model that encoded the documents; None when their origin is unknown.
+        vocabulary: what the terms are called, as a fingerprint; None when that is unknown.
         vocab_size: number of terms.
 
     One process at a time may change an index; others keep reading what they have opened.
@@ -107,6 +108,7 @@ class SparseIndex:
     def _load(self) -> None:
         manifest = _read_manifest(self.folder)
         self.fingerprint: str | None = manifest["fingerprint"]
+        self.vocabulary: str | None = manifest.get("vocabulary")  # rarezoo's first version wrote none
         self.vocab_size: int = manifest["vocab_size"]
         self._segments = [_Segment(self.folder, row, self.vocab_size) for row in manifest["segments"]]
         counts = [segment.num_documents for segment in self._segments]
@@ -129,7 +131,7 @@ class SparseIndex:
         folder = Path(folder)
         with storage.folder_written_beside(folder) as partial:
             segments = _write_segments(partial, 0, _new_rows(embeddings), embeddings.vocab_size)
-            _write_manifest(partial, segments, embeddings.fingerprint, embeddings.vocab_size)
+            _write_manifest(partial, segments, embeddings)
         return cls.open(folder)
 
     @classmethod
@@ -195,6 +197,7 @@ class SparseIndex:
                     f"the queries were encoded by model {queries.fingerprint}, the documents in {self.folder} by "
                     f"{self.fingerprint or 'an unknown model'}: encode both with the same model"
                 )
+            self._check_vocabulary("queries", queries)
             queries = queries.matrix
         if not scipy.sparse.issparse(queries):
             raise TypeError(
@@ -206,6 +209,14 @@ class SparseIndex:
                 "encode both with the same model"
             )
         return canonical_rows(queries, [f"query {row}" for row in range(queries.shape[0])])
+
+    def _check_vocabulary(self, name: str, embeddings: SparseEmbeddings) -> None:
+        if None not in (self.vocabulary, embeddings.vocabulary) and self.vocabulary != embeddings.vocabulary:
+            raise ValueError(
+                f"the {name} have the vocabulary {embeddings.vocabulary}, the index in {self.folder} has "
+                f"{self.vocabulary}: their dimensions mean other words. Use the tokenizer of the model that encoded "
+                "the documents"
+            )
 
     def _search_part(self, queries: scipy.sparse.csr_matrix, top_k: int) -> list[list[tuple[str, float]]]:
         kernels = _kernels()
@@ -279,6 +290,7 @@ class SparseIndex:
                 f"the documents were encoded by {embeddings.fingerprint or 'an unknown model'}, those in {self.folder} "
                 f"by {self.fingerprint or 'an unknown model'}: encode them with the model that built the index"
             )
+        self._check_vocabulary("new documents", embeddings)
 
         def kept_and_new() -> list[dict[str, Any]]:
             rows = [segment.row for segment in self._segments]
@@ -374,7 +386,7 @@ class SparseIndex:
         """Let `write` write files and make the rows that it returns the index; if it fails, its files are removed."""
         self._load()
         try:
-            _write_manifest(self.folder, write(), self.fingerprint, self.vocab_size)
+            _write_manifest(self.folder, write(), self)
         finally:
             _remove_unlisted(self.folder)
         self._load()
@@ -575,15 +587,16 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return storage.read_manifest(folder / MANIFEST_NAME, "index", FORMAT_VERSION)
 
 
-def _write_manifest(folder: Path, segments: list[dict[str, Any]], fingerprint: str | None, vocab_size: int) -> None:
+def _write_manifest(folder: Path, segments: list[dict[str, Any]], origin: SparseEmbeddings | SparseIndex) -> None:
     from rarezoo import __version__
 
     manifest = {
         "format": "rarezoo.sparse_index",
         "format_version": FORMAT_VERSION,
         "kind": "sparse",
-        "fingerprint": fingerprint,
-        "vocab_size": vocab_size,
+        "fingerprint": origin.fingerprint,
+        "vocabulary": origin.vocabulary,
+        "vocab_size": origin.vocab_size,
         "num_documents": sum(row["num_documents"] - row["num_deleted"] for row in segments),
         "num_deleted": sum(row["num_deleted"] for row in segments),
         "num_postings": sum(row["num_postings"] for row in segments),

@@ -258,6 +258,31 @@ def test_vectors_of_another_model_are_refused(small: tuple[SparseIndex, SparseEm
         index.search(random_rows(2, 25, 4, np.random.default_rng(7)))
 
 
+def test_vectors_of_another_vocabulary_are_refused(tmp_path: Path) -> None:
+    """It goes through every form of the embeddings into the index, and whoever does not know it may still search."""
+    matrix = random_rows(6, 20, 5, np.random.default_rng(0))
+    ids = [f"d{row}" for row in range(6)]
+    SparseEmbeddings(ids, matrix, "a model", "words").save(tmp_path / "embeddings", shard_size=2)
+    documents = SparseEmbeddings.open(tmp_path / "embeddings")
+    parts = [documents[:2], documents.top_k(3)[2:4], SparseEmbeddings(ids[4:], matrix[4:], "a model")]
+    index = SparseIndex.build(SparseEmbeddings.concatenate(parts), tmp_path / "index")
+    assert index.vocabulary == "words"
+    with pytest.raises(ValueError, match="different vocabulary"):
+        SparseEmbeddings.concatenate([documents[:2], SparseEmbeddings(["x"], matrix[:1], "a model", "others")])
+    with pytest.raises(ValueError, match=r"new documents have the vocabulary others, the index in .* has words"):
+        index.add(SparseEmbeddings(["x"], matrix[:1], "a model", "others"))
+    with pytest.raises(ValueError, match=r"queries have the vocabulary others, the index in .* has words"):
+        index.search(SparseEmbeddings(["q"], matrix[:1], None, "others"))
+    index.add(SparseEmbeddings(["x"], matrix[:1], "a model"))
+    index.delete(["d0"])
+    index.compact()
+    reopened = SparseIndex.open(index.folder)
+    assert reopened.vocabulary == "words"
+    expected = reopened.search(matrix[:1])
+    for vocabulary in (None, "words"):
+        assert reopened.search(SparseEmbeddings(["q"], matrix[:1], None, vocabulary)) == expected != [[]]
+
+
 def test_identifiers_that_exist_or_do_not(small: tuple[SparseIndex, SparseEmbeddings]) -> None:
     index, _ = small
     before = contents(index.folder)

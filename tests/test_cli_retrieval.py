@@ -1,0 +1,90 @@
+"""The verbs of `rarezoo` that write and read vectors: what they refuse, and what they leave behind."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from rarezoo.cli import app
+
+DOCUMENTS = {"paris": "the capital of france is paris", "cat": "the cat sat on the mat"}
+
+
+def call(*arguments, code: int = 0):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, f"{result.stdout}\n{result.stderr}\n{result.exception!r}"
+    return result
+
+
+def refused(*arguments) -> str:
+    """The one line with which a command ends."""
+    (line,) = call(*arguments, code=2).stderr.splitlines()
+    return line
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("cli retrieval") / "corpus.jsonl"
+    rows = [json.dumps({"_id": name, "text": text}) + "\n" for name, text in DOCUMENTS.items()]
+    path.write_text("".join(rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def embeddings(splade_checkpoint, corpus) -> Path:
+    folder = corpus.with_name("embeddings")
+    call("encode", splade_checkpoint, corpus, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def index(embeddings) -> Path:
+    folder = embeddings.with_name("index")
+    call("index", embeddings, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def foreign(splade_checkpoint, corpus) -> Path:
+    """A checkpoint whose vocabulary is as large, but in which two tokens have changed places."""
+    folder = corpus.with_name("foreign")
+    shutil.copytree(splade_checkpoint, folder)
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    first, second = sorted(vocabulary, key=vocabulary.get)[-2:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    return folder
+
+
+# --- vocabularies -----------------------------------------------------------------------------------------------------
+
+
+def test_export_refuses_the_tokens_of_another_vocabulary(embeddings, splade_checkpoint, foreign, tmp_path):
+    line = refused("export", embeddings, tmp_path / "wrong.jsonl", "--to", "opensearch", "--model", foreign)
+    assert "every dimension would get a wrong name" in line
+    assert list(tmp_path.iterdir()) == []
+    call("export", embeddings, tmp_path / "right.jsonl", "--to", "opensearch", "--model", splade_checkpoint)
+
+
+def test_search_refuses_a_table_of_another_vocabulary(index, splade_checkpoint, foreign, corpus, tmp_path):
+    for name, checkpoint in (("right", splade_checkpoint), ("wrong", foreign)):
+        call("export", checkpoint, tmp_path / name, "--to", "inference-free", "--corpus", corpus)
+    assert "their dimensions mean other words" in refused("search", index, "paris", "--model", tmp_path / "wrong")
+    query = " ".join(DOCUMENTS.values())
+    assert json.loads(call("search", index, query, "--model", tmp_path / "right", "--json").stdout)["answers"]
+
+
+def test_folders_that_do_not_name_their_vocabulary_are_read(embeddings, index, foreign, splade_checkpoint, tmp_path):
+    """As the first release wrote them."""
+    for folder, name in ((embeddings, "embeddings.json"), (index, "index.json")):
+        shutil.copytree(folder, tmp_path / folder.name)
+        manifest = json.loads((folder / name).read_text())
+        del manifest["vocabulary"]
+        (tmp_path / folder.name / name).write_text(json.dumps(manifest))
+    old = tmp_path / "embeddings"
+    call("export", old, tmp_path / "vectors.jsonl", "--to", "opensearch", "--model", foreign)
+    call("index", old, tmp_path / "rebuilt")
+    call("search", tmp_path / "index", "paris", "--model", splade_checkpoint)
