@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from rarezoo.auto import FAMILIES, Family
+from rarezoo.auto import Family
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -34,27 +34,20 @@ def load_config(model: str) -> tuple[Family, Any]:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is of a model that is not in the zoo.
+        ValueError: it is of a model that is not in the zoo, or damaged.
     """
     check_source(model)
-    from transformers import AutoConfig, PretrainedConfig
+    from rarezoo.quantization import checkpoint_loading
 
-    fields, _ = PretrainedConfig.get_config_dict(model)
-    model_type = fields.get("model_type")
-    if model_type not in FAMILIES:
-        raise ValueError(
-            f"{model} has model_type {model_type!r}; expected one of {', '.join(sorted(FAMILIES))}. "
-            "Other layouts are read by `rarezoo convert FAMILY SOURCE DESTINATION`"
-        )
-    return FAMILIES[model_type], AutoConfig.from_pretrained(model)
+    return checkpoint_loading.load_config(model)
 
 
 def load_processor(model: str) -> Any:
     """The processor stored in a checkpoint."""
     load_config(model)
-    from transformers import AutoProcessor
+    from rarezoo.quantization import checkpoint_loading
 
-    return AutoProcessor.from_pretrained(model)
+    return checkpoint_loading.load_processor(model)
 
 
 def load_retriever(model: str, device: str | None = None, dtype: str | None = None) -> tuple[Any, Any]:
@@ -68,7 +61,8 @@ def load_retriever(model: str, device: str | None = None, dtype: str | None = No
     _check_dtype(dtype)
     _, config = load_config(model)
     import torch
-    from transformers import AutoModel, AutoProcessor
+
+    from rarezoo.quantization import checkpoint_loading
 
     target = _device(device)
     quantized = getattr(config, "quantization_config", None) is not None
@@ -77,10 +71,11 @@ def load_retriever(model: str, device: str | None = None, dtype: str | None = No
     arguments = {"dtype": getattr(torch, dtype)} if dtype else {}
     if quantized and target.type != "cpu":
         arguments["device_map"] = {"": target}
-    network = AutoModel.from_pretrained(model, **arguments).eval()
+    processor = checkpoint_loading.load_processor(model)
+    network = checkpoint_loading.load_model(model, **arguments)
     if not quantized:
         network = network.to(target)
-    return network, AutoProcessor.from_pretrained(model)
+    return network, processor
 
 
 def _check_dtype(dtype: str | None) -> None:

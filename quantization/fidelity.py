@@ -21,6 +21,8 @@ import torch
 from scipy.sparse import csr_matrix
 from tqdm.auto import tqdm
 
+from rarezoo.quantization.checkpoint_loading import load_model, load_processor
+
 REPORT_JSON = "quantization_report.json"
 REPORT_MARKDOWN = "quantization_report.md"
 TOP_TERMS = 10
@@ -255,12 +257,10 @@ def measure_fidelity(
         Sections `outputs`, `retrieval` (None without an evaluation set), `file_bytes`, `resident_bytes`,
         `encode_milliseconds`.
     """
-    from transformers import AutoModel, AutoProcessor
-
     if not texts:
         texts = list(evaluation.documents.values())[:256] if evaluation else sample_documentation()
-    processor = AutoProcessor.from_pretrained(folders["quantized"])
-    models = {name: AutoModel.from_pretrained(folder).eval() for name, folder in folders.items()}
+    processor = load_processor(folders["quantized"])
+    models = {name: load_model(folder) for name, folder in folders.items()}
     # bitsandbytes loads onto a GPU by itself where there is one.
     models["full_precision"].to(models["quantized"].device)
     report: dict[str, Any] = {}

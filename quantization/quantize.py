@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from rarezoo.auto import FAMILIES, Family
+from rarezoo.quantization.checkpoint_loading import load_config, load_model, load_processor, read_object
 from rarezoo.quantization.fidelity import (
     REPORT_JSON,
     REPORT_MARKDOWN,
@@ -107,7 +108,7 @@ def _read_source(source: Path) -> tuple[Family, dict[str, Any]]:
     file = source / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{source} is not a checkpoint folder: it has no config.json")
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = read_object(file)
     family = FAMILIES.get(config.get("model_type", ""))
     if family is None:
         raise ValueError(
@@ -147,12 +148,11 @@ def _find_dtype(wanted: str | torch.dtype | None, scheme: Scheme, config: dict[s
 def _write_quantized(
     source: Path, folder: Path, scheme: Scheme, dtype: torch.dtype, family: Family, config: dict[str, Any]
 ) -> dict[str, Any]:
-    import transformers
-
-    auto_class = getattr(transformers, _auto_class_name(family, config))
+    auto_class = _auto_class_name(family, config)
     kept = [*family.full_precision_modules, *_unsuitable_modules(auto_class, source, scheme)]
     arguments = {} if scheme.configuration is None else {"quantization_config": scheme.configuration(kept, dtype)}
-    model = auto_class.from_pretrained(source, dtype=dtype, **arguments).eval()
+    processor = load_processor(source) if family.processor else None
+    model = load_model(source, auto_class, dtype=dtype, **arguments)
     quantized, untouched = _split_linear_layers(model)
     if scheme.configuration is not None and not quantized:
         raise ValueError(
@@ -160,8 +160,8 @@ def _write_quantized(
             f"need in_features divisible by {FOUR_BIT_BLOCK_SIZE} and out_features divisible by {FOUR_BIT_ROW_TILE}"
         )
     write_model(model, folder)
-    if family.processor:
-        transformers.AutoProcessor.from_pretrained(source).save_pretrained(folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
     _copy_companions(source, folder)
     return {
         "scheme": scheme.name,
@@ -187,17 +187,18 @@ def _auto_class_name(family: Family, config: dict[str, Any]) -> str:
     )
 
 
-def _unsuitable_modules(auto_class: Any, source: Path, scheme: Scheme) -> list[str]:
+def _unsuitable_modules(auto_class: str, source: Path, scheme: Scheme) -> list[str]:
     """Linear layers that 4-bit CPU kernels refuse, by full name with and without the base model's prefix.
 
     They are left alone on every machine, so that a checkpoint made anywhere runs everywhere.
     """
     if not scheme.is_four_bit:
         return []
-    from transformers import AutoConfig
+    import transformers
 
+    _, config = load_config(source)
     with torch.device("meta"):
-        model = auto_class.from_config(AutoConfig.from_pretrained(source))
+        model = getattr(transformers, auto_class).from_config(config)
     names = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and (

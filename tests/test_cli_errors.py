@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from rarezoo.cli import app
 from rarezoo.mistral_splade import MistralSpladeConfig, MistralSpladeForRetrieval, MistralSpladeProcessor
+from rarezoo.quantization import quantize
 
 DOCUMENTS = {
     "paris": "the capital of france is paris",
@@ -85,3 +87,117 @@ def test_eval_and_quantize_measure_the_same(whole, collection, tmp_path):
         measured = json.loads(call("eval", folder, collection, "--json").stdout)
         assert 0 < measured["metrics"]["nDCG@10"] < 1
         assert report["retrieval"]["nDCG@10"][name] == pytest.approx(measured["metrics"]["nDCG@10"], abs=1e-5)
+
+
+# --- checkpoints that are not whole -----------------------------------------------------------------------------------
+
+
+def edit_config(folder: Path, **fields) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+def edit_weights(folder: Path, change) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def refused_everywhere(checkpoint: Path, collection: Path, folder: Path) -> list[str]:
+    """What each verb that loads a model says; no verb may leave anything in `folder`."""
+    folder.mkdir()
+    found = [
+        refused("explain", checkpoint, "the cat"),
+        refused("encode", checkpoint, collection, folder / "embeddings"),
+        refused("quantize", checkpoint, folder / "small", "--scheme", "bf16", "--no-fidelity"),
+    ]
+    assert list(folder.iterdir()) == []
+    return found
+
+
+def test_missing_weights_are_named(checkpoint, collection, tmp_path):
+    edit_weights(checkpoint, lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"))
+    for line in refused_everywhere(checkpoint, collection, tmp_path / "out"):
+        assert "missing: model.layers.1.mlp.up_proj.weight. Check" in line and str(checkpoint) in line
+
+
+@pytest.mark.parametrize(
+    "fields, part",
+    [
+        ({"num_hidden_layers": 3}, "missing: model.layers.2."),
+        ({"num_hidden_layers": 1}, "not expected: model.layers.1."),
+        ({"vocab_size": 500}, "of another shape: lm_head.weight [192, 64] instead of [500, 64], model.embed_tokens"),
+    ],
+)
+def test_weights_of_another_configuration_are_named(checkpoint, collection, tmp_path, fields, part):
+    edit_config(checkpoint, **fields)
+    for line in refused_everywhere(checkpoint, collection, tmp_path / "out"):
+        assert part in line
+
+
+def test_missing_head_is_named_and_a_tied_one_is_not_missing(checkpoint):
+    edit_weights(checkpoint, lambda weights: weights.pop("lm_head.weight"))
+    assert "missing: lm_head.weight" in refused("explain", checkpoint, "the cat")
+    edit_config(checkpoint, tie_word_embeddings=True)
+    assert call("explain", checkpoint, "the cat").stdout
+
+
+def test_templates_are_not_made_up(checkpoint, collection, tmp_path):
+    (checkpoint / "processor_config.json").unlink()
+    for line in refused_everywhere(checkpoint, collection, tmp_path / "out"):
+        assert f"{checkpoint} has no processor_config.json, which holds the templates" in line
+    with pytest.raises(FileNotFoundError, match="has no processor_config"):
+        quantize(checkpoint, tmp_path / "small", "bf16", fidelity=False)
+
+
+def test_damaged_weights_are_named(checkpoint, collection, tmp_path):
+    weights = checkpoint / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    for line in refused_everywhere(checkpoint, collection, tmp_path / "out"):
+        assert f"{weights}: damaged weights" in line
+    for arguments in (("card", checkpoint), ("push", checkpoint, "owner/name")):
+        assert str(weights) in refused(*arguments)
+    assert not (checkpoint / "README.md").exists()
+
+
+@pytest.mark.parametrize(
+    "fields, part",
+    [
+        ({"num_key_value_heads": 0}, "num_key_value_heads must be at least 1; found 0"),
+        ({"num_attention_heads": 0, "head_dim": None}, "config.json"),
+        ({"hidden_size": -64}, "hidden_size must be at least 1; found -64"),
+        ({"hidden_act": "round"}, "hidden_act must be one of"),
+        ({"dtype": "float99"}, "float99"),
+    ],
+)
+def test_impossible_configurations_are_named(checkpoint, collection, tmp_path, fields, part):
+    edit_config(checkpoint, **fields)
+    lines = refused_everywhere(checkpoint, collection, tmp_path / "out")
+    for line in [*lines, refused("card", checkpoint), refused("push", checkpoint, "owner/name")]:
+        assert part in line and f"{checkpoint / 'config.json'}" in line
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", '"a"'])
+@pytest.mark.parametrize("name", ["config.json", "processor_config.json", "tokenizer_config.json", "tokenizer.json"])
+def test_damaged_json_is_named(checkpoint, tmp_path, name, content):
+    (checkpoint / name).write_text(content)
+    for arguments in (("explain", checkpoint, "the cat"), ("quantize", checkpoint, tmp_path / "small")):
+        assert str(checkpoint / name) in refused(*arguments)
+    if not name.startswith("tokenizer"):
+        assert str(checkpoint / name) in refused("card", checkpoint)
+    assert not (tmp_path / "small").exists()
+
+
+def test_damaged_tokenizers_are_named(checkpoint):
+    for content in ('{"a": 1}', '{"model": {"type": "none"}, "added_tokens": []}'):
+        (checkpoint / "tokenizer.json").write_text(content)
+        line = refused("explain", checkpoint, "the cat")
+        assert str(checkpoint) in line and "tokenizer.json" in line
+
+
+@pytest.mark.parametrize("content", ["[1]", "{"])
+@pytest.mark.parametrize("name", ["training_recipe.json", "quantization_report.json", "evaluation.json"])
+def test_damaged_records_are_named(checkpoint, name, content):
+    (checkpoint / name).write_text(content)
+    for arguments in (("card", checkpoint), ("push", checkpoint, "owner/name")):
+        assert str(checkpoint / name) in refused(*arguments)

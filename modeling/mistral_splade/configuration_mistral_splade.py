@@ -9,6 +9,16 @@ from transformers import MistralConfig
 ATTENTION_MODES = ("echo", "plain", "bidirectional", "repeat")
 POOLINGS = ("max", "sum", "mean", "last")
 ACTIVATIONS = ("log1p_relu", "log1p_log1p_relu")
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
 
 _AUTO_MAP = {
     "AutoConfig": "configuration_mistral_splade.MistralSpladeConfig",
@@ -71,17 +81,21 @@ class MistralSpladeConfig(MistralConfig):
 
     def validate_architecture(self):
         """Cross-field checks; runs at construction and when the configuration is saved."""
+        # Imported here for speed: it brings torch.
+        from transformers.activations import ACT2FN
+
         for field, value, allowed in (
             ("attention_mode", self.attention_mode, ATTENTION_MODES),
             ("pooling", self.pooling, POOLINGS),
             ("activation", self.activation, ACTIVATIONS),
             ("logit_shift", self.logit_shift, (0, 1)),
+            ("hidden_act", self.hidden_act, ACT2FN),
         ):
             if value not in allowed:
                 raise ValueError(f"{field} must be one of {', '.join(map(str, allowed))}; found {value!r}")
         if not 0 < self.logit_scale < math.inf:
             raise ValueError(f"logit_scale must be a positive number; found {self.logit_scale}")
-        for field in ("head_chunk_size", "top_k_query", "top_k_document"):
+        for field in (*_SIZES, "head_chunk_size", "top_k_query", "top_k_document"):
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise ValueError(f"{field} must be at least 1; found {value}")
