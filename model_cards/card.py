@@ -8,6 +8,7 @@ Nothing in a card is invented: sizes come from the weight files' headers, fields
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -66,12 +67,12 @@ def build_card(
         repo_id=name,
         family=family,
         config=config,
-        processor=_read_json(folder, "processor_config.json") or {},
+        processor=read_json(folder / "processor_config.json", dict) or {},
         architecture=_architecture(family, config),
         size=_size(folder, family),
-        recipe=_flatten(_read_json(folder, "training_recipe.json") or {}),
+        recipe=_flatten(read_json(folder / "training_recipe.json", dict) or {}),
         evaluations=evaluations,
-        quantization=_read_json(folder, "quantization_report.json"),
+        quantization=read_json(folder / "quantization_report.json", dict),
         sentence_transformers=(folder / "modules.json").is_file(),
         authored=authored,
     )
@@ -91,13 +92,23 @@ def _given(**values: str | None) -> dict[str, str]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _read_json(folder: Path, name: str) -> Any:
-    file = folder / name
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+def read_json(file: Path, kind: type | None = None) -> Any:
+    """The content of a JSON file, None where there is none; a `ValueError` names a damaged file, or another kind than
+    `dict` or `list`."""
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON ({error}); write it again") from error
+    if kind is not None and not isinstance(content, kind):
+        expected = "an object" if kind is dict else "a list"
+        raise ValueError(f"{file} must hold {expected}; found {type(content).__name__}")
+    return content
 
 
 def _read_config(folder: Path) -> tuple[Family, dict[str, Any]]:
-    config = _read_json(folder, "config.json")
+    config = read_json(folder / "config.json", dict)
     if config is None:
         raise FileNotFoundError(f"{folder} is not a checkpoint folder: it has no config.json")
     family = FAMILIES.get(config.get("model_type", ""))
@@ -109,7 +120,7 @@ def _read_config(folder: Path) -> tuple[Family, dict[str, Any]]:
 
 
 def _read_evaluations(folder: Path) -> list[dict[str, Any]]:
-    content = _read_json(folder, "evaluation.json")
+    content = read_json(folder / "evaluation.json")
     if content is None:
         return []
     evaluations = content if isinstance(content, list) else [content]
@@ -194,26 +205,38 @@ def _architecture(family: Family, config: Mapping[str, Any]) -> str | None:
 def _size(folder: Path, family: Family) -> dict[str, Any]:
     """Parameters of the architecture (counted on the meta device), bytes and tensor types of the weight files."""
     import torch
-    from safetensors import safe_open
+    from huggingface_hub.errors import StrictDataclassError
 
-    config = family.config_class().from_pretrained(folder)
+    try:
+        config = family.config_class().from_pretrained(folder)
+    except (StrictDataclassError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in family.model_class()(config).parameters())
     files = sorted(folder.glob("model*.safetensors"))
     stored: Counter[str] = Counter()
     for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for key in tensors.keys():
-                view = tensors.get_slice(key)
-                count = 1
-                for length in view.get_shape():
-                    count *= length
-                stored[view.get_dtype()] += count
+        stored.update(_stored_elements(file))
     return {
         "parameters": parameters,
         "bytes": sum(file.stat().st_size for file in files),
         "tensor_types": [name for name, _ in stored.most_common()],
     }
+
+
+def _stored_elements(file: Path) -> Counter[str]:
+    """Tensor type -> number of elements of one weight file."""
+    from safetensors import SafetensorError, safe_open
+
+    stored: Counter[str] = Counter()
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():
+                view = tensors.get_slice(key)
+                stored[view.get_dtype()] += math.prod(view.get_shape())
+    except SafetensorError as error:
+        raise ValueError(f"{file}: damaged weights ({error}); write the checkpoint again") from error
+    return stored
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rarezoo.model_cards.card import _read_config, write_card
+from rarezoo.model_cards.card import _read_config, read_json, write_card
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -72,7 +71,7 @@ def _code_files(folder: Path) -> list[str]:
     """File names of the modules that `auto_map` names and of those that they import from beside themselves."""
     from transformers.dynamic_module_utils import get_relative_imports
 
-    references = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("auto_map", {}).values()
+    references = read_json(folder / "config.json", dict).get("auto_map", {}).values()
     waiting = [f"{reference.split('.')[0]}.py" for reference in references if "--" not in reference]
     found: set[str] = set()
     while waiting:
@@ -84,8 +83,7 @@ def _code_files(folder: Path) -> list[str]:
 
 
 def _module_files(folder: Path) -> list[str]:
-    file = folder / "modules.json"
-    modules = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    modules = read_json(folder / "modules.json", list) or []
     return [f"{module['path']}/{name}" for module in modules if module["path"] for name in ("*.json", "*.safetensors")]
 
 
@@ -106,10 +104,8 @@ def check_complete(folder: Path) -> None:
 
 
 def _weight_files(folder: Path) -> list[str]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    return ["model.safetensors"]
+    index = read_json(folder / "model.safetensors.index.json", dict)
+    return ["model.safetensors"] if index is None else sorted(set(index["weight_map"].values()))
 
 
 def push(
