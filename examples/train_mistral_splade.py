@@ -23,11 +23,12 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="new folder for the checkpoint")
     parser.add_argument("--model", help="checkpoint to fine-tune; without it a small model starts from scratch")
     parser.add_argument("--steps", type=int, help="optimiser steps")
-    parser.add_argument("--held-out", type=int, default=200, help="rows kept for the measurement")
+    parser.add_argument("--held-out", type=int, default=200, help="rows kept for the measurement, at most a fifth")
     arguments = parser.parse_args()
 
     rows = [dict(row) for row in read_training_rows(arguments.pairs)]
-    held_out, training = rows[: arguments.held_out], rows[arguments.held_out :]
+    number_held_out = min(arguments.held_out, len(rows) // 5)
+    held_out, training = rows[:number_held_out], rows[number_held_out:]
     changes = {"max_steps": arguments.steps} if arguments.steps else {}
     if arguments.model is None:
         recipe = SparseTrainingRecipe.small_from_scratch(**changes)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +22,26 @@ from rarezoo.training.losses import (
 )
 
 REGULARIZERS = ("flops", "l1")
+
+
+def check_field_types(settings: Any) -> None:
+    """Compare the plain fields of a dataclass instance with their annotations; numbers written as text, as YAML reads
+    1e-4, become numbers.
+
+    Raises:
+        ValueError: a field of another type.
+    """
+    for entry in dataclasses.fields(settings):
+        kinds, value = str(entry.type).split(" | "), getattr(settings, entry.name)
+        if value is None and "None" in kinds:
+            continue
+        if "float" in kinds and isinstance(value, int | float | str) and not isinstance(value, bool):
+            with contextlib.suppress(ValueError):
+                value = float(value)
+                setattr(settings, entry.name, value)
+        for name, kind in (("float", float), ("int", int), ("bool", bool), ("str", str)):
+            if name in kinds and type(value) is not kind:
+                raise ValueError(f"{entry.name} must be of type {entry.type}, found {value!r}")
 
 
 @dataclass
@@ -52,6 +75,7 @@ class SparseObjective:
     schedule: str = "naver"
 
     def __post_init__(self):
+        check_field_types(self)
         weights = {name: value for name, value in vars(self).items() if name.endswith("_weight")}
         for name, value in weights.items():
             if value < 0:

@@ -10,9 +10,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rarezoo.training.objective import SparseObjective
+from rarezoo.training.objective import SparseObjective, check_field_types
 
 RECIPE_FILE = "training_recipe.json"
+
+
+_POSITIVE = (
+    "vocabulary_size",
+    "lora_rank",
+    "learning_rate",
+    "batch_size",
+    "mini_batch_size",
+    "max_steps",
+    "epochs",
+    "logging_steps",
+)
 
 
 @dataclass
@@ -93,6 +105,11 @@ class SparseTrainingRecipe:
     def __post_init__(self):
         if isinstance(self.objective, Mapping):
             self.objective = SparseObjective(**_known_fields(SparseObjective, self.objective))
+        check_field_types(self)
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be above 0, found {value}")
         if (self.model is None) == (self.preset is None):
             raise ValueError(
                 f"a recipe needs either a model to fine-tune or a preset to start from, found model={self.model!r} and "
@@ -162,18 +179,18 @@ class SparseTrainingRecipe:
         if not path.is_file():
             raise FileNotFoundError(f"no training recipe at {path}")
         text = path.read_text(encoding="utf-8")
-        try:
-            if path.suffix in (".yaml", ".yml"):
-                import yaml
+        import yaml
 
-                settings = yaml.safe_load(text)
-            else:
-                settings = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"{path} is not valid: {error}") from None
+        try:
+            settings = yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
+        except (ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"{path} is not valid: {' '.join(str(error).split())}") from None
         if not isinstance(settings, dict):
             raise ValueError(f"{path} must hold the fields of a recipe, found {type(settings).__name__}")
-        return cls.from_dict(settings)
+        try:
+            return cls.from_dict(settings)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
 
 def _known_fields(kind: type, settings: Mapping[str, Any]) -> dict[str, Any]:
