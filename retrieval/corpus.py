@@ -105,7 +105,7 @@ def read_qrels(path: str | os.PathLike[str], split: str = "test") -> Qrels:
         where = f"{path}, line {number}"
         columns = columns or (3 if line.count("\t") == 2 else 4)
         query_id, document_id, grade = _judgement(line, columns, where)
-        if number == 1 and columns == 3 and not _is_integer(grade):
+        if number == 1 and columns == 3 and not _is_number(grade):
             continue  # the header line
         if not _is_integer(grade):
             raise ValueError(f"{where}: the grade {grade!r} is not an integer")
@@ -153,7 +153,15 @@ def _judgement(line: str, columns: int, where: str) -> tuple[str, str, str]:
 
 
 def _is_integer(text: str) -> bool:
-    return text.removeprefix("-").isdecimal()
+    return text[text.startswith(("+", "-")) :].isdecimal()
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _folder_rows(folder: Path) -> Iterable[_Row]:

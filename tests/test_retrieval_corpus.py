@@ -146,6 +146,7 @@ def test_queries_name_what_is_missing(tmp_path):
     ("content", "expected"),
     [
         ("query-id\tcorpus-id\tscore\nq 1\td 1\t1\n", {"q 1": {"d 1": 1}}),
+        ("q1\td1\t+1\nq1\td2\t+2\n", {"q1": {"d1": 1, "d2": 2}}),
         ("q1\td1\t1\r\nq1\td2\t-1\r\n", {"q1": {"d1": 1, "d2": -1}}),
         ("q1 0 d1 3\nq2\tQ0\td1\t0\nq1 0 d1 3\n", {"q1": {"d1": 3}, "q2": {"d1": 0}}),
     ],
@@ -160,6 +161,7 @@ def test_qrels_layouts(tmp_path, content, expected):
         ("q1 0 d1\n", "line 1: expected 4 columns .* found 3"),
         ("q1\td1\t1\nq1\td1\n", "line 2: expected 3 columns separated by tabs .* found 2"),
         ("q1\td1\t1\nq1\td2\tgood\n", "line 2: the grade 'good' is not an integer"),
+        ("q1\td1\t1.0\nq1\td2\t2\n", "line 1: the grade '1.0' is not an integer"),
         ("q1 0 d1 1.0\n", "line 1: the grade '1.0' is not an integer"),
         ("q1 0 d1 1\nq1 0 d1 2\n", "line 2: query 'q1' and document 'd1' already have the grade 1"),
         ("query-id\tcorpus-id\tscore\n", "holds no relevance judgement"),
