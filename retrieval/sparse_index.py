@@ -38,6 +38,7 @@ FORMAT_VERSION = 1
 # Documents per segment: bounds the memory that building and compacting take (about 1 GB at 200 terms per document).
 SEGMENT_SIZE = 4 * 65536
 _QUERIES_AT_ONCE = 256
+_OPENING_ATTEMPTS = 10
 _SEGMENT_TENSORS: dict[str, type] = {
     "term_offsets": np.int64,
     "documents": np.uint16,
@@ -106,7 +107,17 @@ class SparseIndex:
         self._load()
 
     def _load(self) -> None:
-        manifest = _read_manifest(self.folder)
+        """Open what the manifest lists; once more when another process has replaced it meanwhile, and its files."""
+        for _ in range(_OPENING_ATTEMPTS):
+            manifest = _read_manifest(self.folder)
+            try:
+                return self._open_segments(manifest)
+            except (FileNotFoundError, ValueError):
+                if _read_manifest(self.folder) == manifest:
+                    raise
+        self._open_segments(_read_manifest(self.folder))
+
+    def _open_segments(self, manifest: dict[str, Any]) -> None:
         self.fingerprint: str | None = manifest["fingerprint"]
         self.vocabulary: str | None = manifest.get("vocabulary")  # rarezoo's first version wrote none
         self.vocab_size: int = manifest["vocab_size"]

@@ -433,6 +433,30 @@ def test_an_open_index_survives_changes_made_by_others(small: tuple[SparseIndex,
     assert len(index) == 29 and "new0" in index and "d0" not in index
 
 
+@pytest.mark.parametrize("changes", [1, 5])
+def test_an_index_is_opened_while_another_process_changes_it(small, monkeypatch, changes: int) -> None:
+    """Between reading the manifest and opening what it lists, all of that is compacted away, several times over."""
+    writer, documents = small
+    queries = documents.matrix[:3]
+    read = sparse_index._read_manifest
+    left = list(range(changes))
+
+    def read_and_be_overtaken(folder: Path) -> dict:
+        manifest = read(folder)
+        if left:
+            number = left.pop()
+            with monkeypatch.context() as undisturbed:
+                undisturbed.setattr(sparse_index, "_read_manifest", read)
+                writer.add(embeddings(f"{number}-", random_rows(2, 20, 4, np.random.default_rng(number))))
+                writer.compact()
+        return manifest
+
+    monkeypatch.setattr(sparse_index, "_read_manifest", read_and_be_overtaken)
+    reader = SparseIndex.open(writer.folder)
+    assert not left and len(reader) == 30 + 2 * changes
+    assert reader.search(queries) == writer.search(queries)
+
+
 CHANGE = """
 import resource, sys
 import numpy as np, scipy.sparse
