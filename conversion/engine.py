@@ -8,6 +8,7 @@ mapped, not loaded; memory in use is about one shard of the output.
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import re
@@ -390,7 +391,8 @@ def _check_free_space(folder: Path, needed: int) -> None:
 def staged_folder(destination: Path) -> Iterator[Path]:
     """A new folder beside `destination`: it gets that name when the block ends well and disappears when it does not.
 
-    Raises `FileExistsError` when the destination exists and is not an empty folder, `OSError` when it cannot be made.
+    Raises `FileExistsError` when the destination exists and is not an empty folder, `OSError` when it cannot be made or
+    its disk is full.
     """
     destination = destination.expanduser().absolute()
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
@@ -410,10 +412,19 @@ def staged_folder(destination: Path) -> Iterator[Path]:
         if destination.exists():
             destination.rmdir()
         os.replace(staging, destination)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
         _remove_empty(created)
+        if _disk_is_full(error) and str(destination) not in str(error):
+            raise OSError(f"{destination} was not written: {error}") from error
         raise
+
+
+def _disk_is_full(error: BaseException) -> bool:
+    """Libraries written in Rust give the system's error number in the message only."""
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    found = getattr(error, "errno", None) in numbers
+    return found or any(f"(os error {number})" in str(error) for number in numbers)
 
 
 def _make_staging(destination: Path, created: list[Path]) -> Path:

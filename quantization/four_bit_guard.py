@@ -11,10 +11,12 @@ The functions here first bring the weights back to the layout of the checkpoint.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,12 +92,15 @@ def write_folder_whole(folder: str | os.PathLike[str], write: Callable[[Path], A
 
     Raises:
         FileExistsError: `folder` exists and is not an empty folder.
+        OSError: the disk cannot take it; the message names `folder`.
     """
     destination = Path(folder).absolute()
     refuse_existing(destination)
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+    new_parents = [parent for parent in destination.parents if not parent.exists()]
+    temporary = None
     try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
         # mkdtemp makes private folders; a model folder has the usual permissions.
         umask = os.umask(0)
         os.umask(umask)
@@ -104,10 +109,23 @@ def write_folder_whole(folder: str | os.PathLike[str], write: Callable[[Path], A
         if destination.exists():
             destination.rmdir()
         temporary.rename(destination)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except BaseException as error:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):
+            for parent in new_parents:
+                parent.rmdir()
+        if _disk_is_full(error):
+            raise OSError(f"cannot write {destination} ({error}); nothing was kept, free some space") from error
         raise
     return destination
+
+
+def _disk_is_full(error: BaseException) -> bool:
+    """Libraries written in Rust give the system's error number in the message only."""
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    found = getattr(error, "errno", None) in numbers
+    return found or any(f"(os error {number})" in str(error) for number in numbers)
 
 
 def refuse_existing(folder: Path) -> None:
