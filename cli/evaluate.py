@@ -122,6 +122,6 @@ def _save(folder: Path, answer: dict[str, Any]) -> None:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json_format.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    from rarezoo.model_cards.card import write_whole
+
+    write_whole(path, json_format.dumps(content, indent=2) + "\n")

@@ -81,11 +81,24 @@ def build_card(
 def write_card(folder: str | os.PathLike[str], repo_id: str | None = None, **metadata: str | None) -> Path:
     """`build_card` into the folder's README.md, replacing it whole. Same arguments and errors."""
     card = build_card(folder, repo_id, **metadata)
-    destination = Path(folder) / "README.md"
-    temporary = destination.with_name(".README.md.partial")
-    temporary.write_text(str(card), encoding="utf-8")
-    os.replace(temporary, destination)
-    return destination
+    return write_whole(Path(folder) / "README.md", str(card))
+
+
+def write_whole(file: Path, text: str) -> Path:
+    """Write a text file beside its name and rename it; on failure nothing is left, and a file of that name stays.
+
+    Raises:
+        OSError: the folder cannot be written or the disk is full; the message names the file.
+    """
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, file)
+    except OSError as error:
+        raise OSError(f"cannot write {file} ({error.strerror}); free some space or check its permissions") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return file
 
 
 def _given(**values: str | None) -> dict[str, str]:

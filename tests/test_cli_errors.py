@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from rarezoo.cli import app
+from rarezoo.cli.evaluate import _write_json
 from rarezoo.mistral_splade import MistralSpladeConfig, MistralSpladeForRetrieval, MistralSpladeProcessor
 from rarezoo.quantization import quantize
 
@@ -201,3 +202,52 @@ def test_damaged_records_are_named(checkpoint, name, content):
     (checkpoint / name).write_text(content)
     for arguments in (("card", checkpoint), ("push", checkpoint, "owner/name")):
         assert str(checkpoint / name) in refused(*arguments)
+
+
+# --- full disks -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def file_limit():
+    """Sets the largest file, in bytes, that this process can write: writing more fails as on a full disk."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+# The weights of the bf16 copy take more than 100 kB, the tokenizer 13 kB, the configuration more than 1 kB.
+@pytest.mark.parametrize("size", [50_000, 5_000, 500])
+def test_quantize_leaves_nothing_on_a_full_disk(whole, tmp_path, file_limit, size):
+    target = tmp_path / "new" / "small"
+    file_limit(size)
+    line = refused("quantize", whole, target, "--scheme", "bf16", "--no-fidelity")
+    assert f"cannot write {target} (" in line and "File too large" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [50_000, 500])
+def test_convert_leaves_nothing_on_a_full_disk(whole, tmp_path, file_limit, size):
+    target = tmp_path / "new" / "official"
+    file_limit(size)
+    line = refused("convert", "mistral_splade", whole, target, "--to", "official")
+    assert str(target) in line and "File too large" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_card_keeps_the_old_one_on_a_full_disk(checkpoint, file_limit):
+    (checkpoint / "README.md").write_text("mine")
+    before = sorted(path.name for path in checkpoint.iterdir())
+    file_limit(500)
+    assert f"cannot write {checkpoint / 'README.md'} (File too large)" in refused("card", checkpoint)
+    assert (checkpoint / "README.md").read_text() == "mine"
+    assert sorted(path.name for path in checkpoint.iterdir()) == before
+
+
+def test_a_result_is_whole_or_absent_on_a_full_disk(tmp_path, file_limit):
+    file_limit(500)
+    file = tmp_path / "evaluation.json"
+    with pytest.raises(OSError, match=r"cannot write .*evaluation.json .File too large"):
+        _write_json(file, ["x" * 1000])
+    assert list(tmp_path.iterdir()) == []
