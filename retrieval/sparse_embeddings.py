@@ -108,6 +108,21 @@ class _ShardedIds(Sequence[str]):
             yield from shard.ids
 
 
+def listed_ids(ids: Iterable[str]) -> list[str]:
+    """The identifiers as a list.
+
+    Raises:
+        TypeError: one string, which would be taken for its characters, or an identifier that is not a string.
+    """
+    if isinstance(ids, (str, bytes)):
+        raise TypeError(f"expected several identifiers, found the one {ids!r}: write [{ids!r}]")
+    ids = list(ids)
+    wrong = next((identifier for identifier in ids if not isinstance(identifier, str)), None)
+    if wrong is not None:
+        raise TypeError(f"identifiers must be str, found {type(wrong).__name__}: {wrong!r}")
+    return ids
+
+
 def digest_ids(ids: Iterable[str]) -> np.ndarray:
     """(n,) array of 16-byte BLAKE2b digests (numpy type "S16"): equal identifiers, equal digests."""
     return np.array([hashlib.blake2b(identifier.encode(), digest_size=16).digest() for identifier in ids], dtype="S16")
@@ -317,13 +332,12 @@ class SparseEmbeddings:
 
     Raises:
         ValueError: counts differ, an identifier comes twice, or a weight is negative, NaN or infinite.
-        TypeError: `matrix` is not a scipy sparse matrix, or an identifier is not a string.
+        TypeError: `matrix` is not a scipy sparse matrix, `ids` is one string, or an identifier is not a string.
     """
 
     def __init__(self, ids: Sequence[str], matrix: Any, fingerprint: str | None = None, vocabulary: str | None = None):
-        ids = list(ids)
+        ids = listed_ids(ids)
         canonical = canonical_rows(matrix, ids)
-        PackedIds.pack(ids)
         SeenIds().add(ids)
         self._set_shards([_Shard.in_memory(ids, canonical)], canonical.shape[1], fingerprint, vocabulary)
 

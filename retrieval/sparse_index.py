@@ -31,7 +31,14 @@ import scipy.sparse
 from tqdm.auto import tqdm
 
 from rarezoo.retrieval import storage
-from rarezoo.retrieval.sparse_embeddings import PackedIds, SeenIds, SparseEmbeddings, canonical_rows, digest_ids
+from rarezoo.retrieval.sparse_embeddings import (
+    PackedIds,
+    SeenIds,
+    SparseEmbeddings,
+    canonical_rows,
+    digest_ids,
+    listed_ids,
+)
 
 MANIFEST_NAME = "index.json"
 FORMAT_VERSION = 1
@@ -324,8 +331,9 @@ class SparseIndex:
 
         Raises:
             ValueError: the index does not hold one of them; nothing is deleted then.
+            TypeError: `ids` is one string, or an identifier is not a string.
         """
-        unique = list(dict.fromkeys(ids))
+        unique = list(dict.fromkeys(listed_ids(ids)))
         self._replace_segments(lambda: self._with_tombstones(unique))
 
     def _with_tombstones(self, ids: list[str]) -> list[dict[str, Any]]:

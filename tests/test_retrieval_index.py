@@ -298,6 +298,19 @@ def test_identifiers_that_exist_or_do_not(small: tuple[SparseIndex, SparseEmbedd
     assert len(index) == 29
 
 
+def test_one_string_is_not_several_identifiers(tmp_path: Path) -> None:
+    matrix = random_rows(3, 20, 4, np.random.default_rng(0))
+    index = SparseIndex.build(SparseEmbeddings(["1", "2", "12"], matrix), tmp_path / "index")
+    for one in ("12", b"12"):
+        with pytest.raises(TypeError, match=r"expected several identifiers, found the one b?'12'"):
+            index.delete(one)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="identifiers must be str, found int: 12"):
+        index.delete([12])  # type: ignore[list-item]
+    assert len(index) == 3
+    with pytest.raises(TypeError, match="expected several identifiers, found the one 'abc'"):
+        SparseEmbeddings("abc", matrix)
+
+
 def test_an_identifier_in_two_shards_is_refused(tmp_path: Path) -> None:
     matrix = random_rows(4, 20, 4, np.random.default_rng(0))
     SparseEmbeddings(["a", "b", "c", "d"], matrix).save(tmp_path / "e", shard_size=2)
