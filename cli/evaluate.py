@@ -52,18 +52,23 @@ def evaluate(
     from rarezoo.cli.queries import QueryEncoder
     from rarezoo.retrieval import encode_corpus, evaluate_run, read_corpus, read_qrels, write_run
 
-    if save and not Path(model).is_dir():
-        raise ValueError(f"--save writes into a checkpoint folder; {model} is none")
+    # Whatever can be wrong is found now, not after hours of encoding.
+    known = _known_results(Path(model), query_model) if save else []
     names = [name.strip() for name in metrics.split(",")]
     qrels = read_qrels(collection, split)
-    evaluate_run(qrels, qrels, metrics=names)  # a wrong name is reported now, not after hours of encoding
+    evaluate_run(qrels, qrels, metrics=names)
+    if output:
+        _check_identifiers(collection)
     documents = read_corpus(collection)
     retriever, processor = load_retriever(model, device, dtype)
+    encoder = QueryEncoder.load(query_model) if query_model else QueryEncoder(retriever, processor)
+    queries = _encode_queries(encoder, collection, set(qrels))
+    if query_model:
+        _check_same_space(queries, retriever, query_model)
     with nullcontext(str(output)) if output else tempfile.TemporaryDirectory(prefix="rarezoo-eval-") as folder:
         embeddings = encode_corpus(retriever, processor, documents, Path(folder) / "documents", batch_size=batch_size)
         index = _index(embeddings, Path(folder) / "index")
-        encoder = QueryEncoder.load(query_model) if query_model else QueryEncoder(retriever, processor)
-        run = _search(index, encoder, collection, set(qrels), depth)
+        run = _search(index, queries, depth)
         measured = evaluate_run(run, qrels, metrics=names)
         answer = {
             "dataset": collection.resolve().name,
@@ -72,16 +77,64 @@ def evaluate(
             "documents": len(index),
             "metrics": {name: round(value, 5) for name, value in measured.items()},
         }
+        # Printed first: what cannot be stored is not lost.
+        if json:
+            print_json(answer)
+        else:
+            counts = [("queries", f"{len(run):,}"), ("documents", f"{answer['documents']:,}")]
+            print_pairs(counts + [(name, f"{value:.4f}") for name, value in measured.items()])
         if output:
             write_run(run, output / "run.trec")
             _write_json(output / "metrics.json", answer)
     if save:
-        _save(Path(model), answer)
-    if json:
-        print_json(answer)
-    else:
-        counts = [("queries", f"{len(run):,}"), ("documents", f"{answer['documents']:,}")]
-        print_pairs(counts + [(name, f"{value:.4f}") for name, value in measured.items()])
+        same = (answer["dataset"], answer["split"])
+        kept = [entry for entry in known if (entry.get("dataset"), entry.get("split")) != same]
+        _write_json(Path(model) / EVALUATION_FILE, [*kept, answer])
+
+
+def _known_results(folder: Path, query_model: str | None) -> list[dict[str, Any]]:
+    """The results that the checkpoint holds already."""
+    from rarezoo.model_cards.card import read_evaluations
+
+    if not folder.is_dir():
+        raise ValueError(f"--save writes into a checkpoint folder; {folder} is none")
+    if query_model:
+        raise ValueError("--save stores the model's own result; with --query-model leave it out and use --output")
+    return read_evaluations(folder)
+
+
+def _check_identifiers(collection: Path) -> None:
+    """A run file separates its columns by white space."""
+    from rarezoo.retrieval import read_corpus, read_queries
+
+    for read in (read_queries, read_corpus):
+        for text in read(collection):
+            if any(character.isspace() for character in text.id):
+                raise ValueError(
+                    f"{collection}: the identifier {text.id!r} holds white space and cannot stand in the run file of "
+                    "--output; rename it, or leave out --output"
+                )
+
+
+def _encode_queries(encoder: QueryEncoder, collection: Path, judged: set[str]) -> SparseEmbeddings:
+    from rarezoo.retrieval import read_queries
+
+    queries = [query for query in read_queries(collection) if query.id in judged]
+    if not queries:
+        raise ValueError(f"{collection}: none of its queries is judged in this split")
+    return encoder.encode([query.id for query in queries], [query.text for query in queries], True)
+
+
+def _check_same_space(queries: SparseEmbeddings, retriever: Any, query_model: str) -> None:
+    from rarezoo.retrieval import model_fingerprint
+
+    if queries.matrix.shape[1] != retriever.config.vocab_size:
+        raise ValueError(
+            f"--query-model {query_model}: its vectors have {queries.matrix.shape[1]} dimensions, those of the "
+            f"documents {retriever.config.vocab_size}; make it from this model"
+        )
+    if queries.fingerprint not in (None, model_fingerprint(retriever)):
+        raise ValueError(f"--query-model {query_model} is another model than the one that encodes the documents")
 
 
 def _index(embeddings: SparseEmbeddings, folder: Path) -> SparseIndex:
@@ -95,30 +148,12 @@ def _index(embeddings: SparseEmbeddings, folder: Path) -> SparseIndex:
     return index
 
 
-def _search(
-    index: SparseIndex, encoder: QueryEncoder, collection: Path, judged: set[str], depth: int
-) -> dict[str, list[tuple[str, float]]]:
-    from rarezoo.retrieval import read_queries
-
-    queries = [query for query in read_queries(collection) if query.id in judged]
-    if not queries:
-        raise ValueError(f"{collection}: none of its queries is judged in this split")
-    embedded = encoder.encode([query.id for query in queries], [query.text for query in queries], True)
-    found = index.search(embedded, depth + 1, num_threads=os.cpu_count() or 1)
+def _search(index: SparseIndex, queries: SparseEmbeddings, depth: int) -> dict[str, list[tuple[str, float]]]:
+    found = index.search(queries, depth + 1, num_threads=os.cpu_count() or 1)
     return {
-        query.id: [(document, score) for document, score in row if document != query.id][:depth]
-        for query, row in zip(queries, found)
+        query: [(document, score) for document, score in row if document != query][:depth]
+        for query, row in zip(queries.ids, found)
     }
-
-
-def _save(folder: Path, answer: dict[str, Any]) -> None:
-    """Add the result to the checkpoint's evaluation file, in place of an older one of the same data."""
-    path = folder / EVALUATION_FILE
-    known = json_format.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    known = [known] if isinstance(known, dict) else known
-    same = (answer["dataset"], answer["split"])
-    kept = [entry for entry in known if (entry.get("dataset"), entry.get("split")) != same]
-    _write_json(path, [*kept, answer])
 
 
 def _write_json(path: Path, content: Any) -> None:

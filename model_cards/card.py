@@ -55,7 +55,7 @@ def build_card(
 
     folder = Path(folder)
     family, config = _read_config(folder)
-    evaluations = _read_evaluations(folder)
+    evaluations = read_evaluations(folder)
     authored = {**_authored_metadata(folder), **_given(license=license, base_model=base_model, language=language)}
     name = repo_id or folder.resolve().name
     data = _metadata(name, family, config, evaluations, authored, quantized="quantization_config" in config)
@@ -132,7 +132,8 @@ def _read_config(folder: Path) -> tuple[Family, dict[str, Any]]:
     return family, config
 
 
-def _read_evaluations(folder: Path) -> list[dict[str, Any]]:
+def read_evaluations(folder: Path) -> list[dict[str, Any]]:
+    """The results in a checkpoint's evaluation.json; a `ValueError` names the file when it is malformed."""
     content = read_json(folder / "evaluation.json")
     if content is None:
         return []

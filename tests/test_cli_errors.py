@@ -251,3 +251,54 @@ def test_a_result_is_whole_or_absent_on_a_full_disk(tmp_path, file_limit):
     with pytest.raises(OSError, match=r"cannot write .*evaluation.json .File too large"):
         _write_json(file, ["x" * 1000])
     assert list(tmp_path.iterdir()) == []
+
+
+# --- measurements that are not lost -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_encoding(monkeypatch):
+    """A corpus must not be encoded: it is the long part."""
+    monkeypatch.setattr("rarezoo.retrieval.encode_corpus", lambda *_, **__: pytest.fail("the corpus was encoded"))
+
+
+@pytest.mark.usefixtures("no_encoding")
+def test_eval_finds_mistakes_before_the_long_work(checkpoint, collection, tmp_path):
+    spaced = write_collection(tmp_path / "spaced", {**DOCUMENTS, "a b": "rain"}, QRELS)
+    line = refused("eval", checkpoint, spaced, "--output", tmp_path / "out")
+    assert "the identifier 'a b' holds white space" in line and not (tmp_path / "out").exists()
+
+    (checkpoint / "evaluation.json").write_text("{")
+    assert str(checkpoint / "evaluation.json") in refused("eval", checkpoint, collection, "--save")
+
+    assert "no folder ./none" in refused("eval", checkpoint, collection, "--query-model", "./none")
+    assert "leave it out" in refused("eval", checkpoint, collection, "--query-model", tmp_path, "--save")
+
+
+@pytest.mark.usefixtures("no_encoding")
+def test_eval_refuses_queries_of_another_model(checkpoint, collection, tmp_path):
+    other = Path(shutil.copytree(checkpoint, tmp_path / "other"))
+    edit_weights(other, lambda weights: weights["lm_head.weight"].mul_(2))
+    line = refused("eval", checkpoint, collection, "--query-model", other)
+    assert f"--query-model {other} is another model" in line
+    wide = Path(shutil.copytree(checkpoint, tmp_path / "wide"))
+    edit_config(wide, vocab_size=200)
+    padding = torch.zeros(8, 64)
+
+    def widen(weights):
+        for name in ("lm_head.weight", "model.embed_tokens.weight"):
+            weights[name] = torch.cat([weights[name], padding])
+
+    edit_weights(wide, widen)
+    line = refused("eval", checkpoint, collection, "--query-model", wide)
+    assert "its vectors have 200 dimensions, those of the documents 192" in line
+
+
+@pytest.mark.filterwarnings("ignore:.*judged queries have no results")
+def test_eval_prints_what_it_cannot_store(checkpoint, collection, monkeypatch):
+    def fail(*_):
+        raise OSError("cannot write")
+
+    monkeypatch.setattr("rarezoo.cli.evaluate._write_json", fail)
+    found = call("eval", checkpoint, collection, "--save", "--json", code=2)
+    assert json.loads(found.stdout)["metrics"]["nDCG@10"] > 0
