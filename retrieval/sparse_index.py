@@ -415,7 +415,7 @@ def _remove_unlisted(folder: Path) -> None:
     """Remove the segments and tombstones that are not, or no longer, part of the index."""
     rows = _read_manifest(folder)["segments"]
     listed = {row["file"] for row in rows} | {row["tombstones"] for row in rows}
-    for pattern in ("segment-*.safetensors", f".segment-*{storage.PARTIAL_SUFFIX}"):
+    for pattern in ("segment-*.safetensors", f".*{storage.PARTIAL_SUFFIX}"):
         for path in folder.glob(pattern):
             if path.name not in listed:
                 path.unlink()

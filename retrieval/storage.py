@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import secrets
 import shutil
 import zlib
 from collections.abc import Iterator
@@ -22,6 +24,7 @@ class CannotWriteError(OSError):
 
     def __init__(self, path: Path, cause: OSError):
         super().__init__(f"cannot write {path}: {cause.strerror or cause}; nothing half-written remains")
+        self.cause = cause
 
 
 @contextlib.contextmanager
@@ -33,10 +36,15 @@ def reported_for(path: Path) -> Iterator[None]:
         raise CannotWriteError(path, error) from error
 
 
+def partial_beside(path: Path) -> Path:
+    """A hidden path in the same folder that no process has used, dead ones and those of other machines included."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}{PARTIAL_SUFFIX}")
+
+
 @contextlib.contextmanager
 def _written_beside(path: Path) -> Iterator[Path]:
     """Give a temporary path in the same folder; rename it to `path` on success, remove it on failure."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
+    partial = partial_beside(path)
     try:
         yield partial
         with partial.open("rb") as stream:
@@ -54,23 +62,38 @@ def folder_written_beside(folder: Path) -> Iterator[Path]:
 
     Raises:
         FileExistsError: `folder` exists and is not empty.
-        CannotWriteError: the parent cannot be written.
+        CannotWriteError: the parent or a file in the temporary folder cannot be written, whoever writes it.
     """
     folder = folder.resolve()
     with reported_for(folder):
         occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if occupied:
         raise FileExistsError(f"{folder} exists and is not an empty folder. Choose another folder or remove this one.")
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}{PARTIAL_SUFFIX}")
+    partial = partial_beside(folder)
     try:
         with reported_for(folder):
             partial.mkdir(parents=True)
         yield partial
         with reported_for(folder):
             os.replace(partial, folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        cause = _failed_write(error, partial)
+        if cause is not None:
+            raise CannotWriteError(folder, cause) from error
         raise
+
+
+def _failed_write(error: BaseException, folder: Path) -> OSError | None:
+    """What the system said when a file below `folder` could not be written; None for every other error."""
+    if isinstance(error, CannotWriteError):
+        return error.cause
+    if isinstance(error, OSError):
+        elsewhere = error.filename is not None and not Path(os.fsdecode(error.filename)).is_relative_to(folder)
+        return None if error.errno is None or elsewhere else error
+    # safetensors and tokenizers raise errors of their own, with the system's number in the words of their language.
+    number = re.search(r"\bos error (\d+)|\bOs \{ code: (\d+)", str(error))
+    return OSError(code := int(number[1] or number[2]), os.strerror(code)) if number else None
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, TextIO, cast
 
-from rarezoo.retrieval.storage import PARTIAL_SUFFIX, CannotWriteError
+from rarezoo.retrieval.storage import CannotWriteError, partial_beside
 
 
 def read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, str]]:
@@ -101,7 +101,7 @@ def file_written_beside(path: Path) -> Iterator[Path]:
     Raises:
         CannotWriteError: the folder cannot be written, or the disk is full.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
+    partial = partial_beside(path)
     try:
         with write_errors_for(path):
             path.parent.mkdir(parents=True, exist_ok=True)

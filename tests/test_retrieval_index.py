@@ -16,7 +16,7 @@ import pytest
 import scipy.sparse
 from safetensors.numpy import load_file
 
-from rarezoo.retrieval import SparseEmbeddings, SparseIndex, sparse_index
+from rarezoo.retrieval import SparseEmbeddings, SparseIndex, sparse_index, storage
 
 pytest.importorskip("numba")
 
@@ -410,6 +410,28 @@ def test_searching_a_damaged_index_does_not_reach_into_another(tmp_path: Path) -
     assert found == [(f"d{row}", 50.0) for row in range(2, 10)]
     queries = random_rows(1, 20, 10, generator)
     assert healthy.search(queries) == brute_force(by_name(documents), queries, 10)
+
+
+def test_leftovers_of_a_process_with_the_same_number_are_no_obstacle(small, tmp_path: Path) -> None:
+    """In containers every process may have the number 1."""
+    _, documents = small
+    (tmp_path / f".new.{os.getpid()}.partial").mkdir()
+    (tmp_path / f".new.{os.getpid()}.partial" / "segment-00000.safetensors").write_bytes(b"begun")
+    index = SparseIndex.build(documents, tmp_path / "new")
+    assert len(index) == 30
+    for name in (".index.json.1.partial", ".segment-00001.safetensors.0123456789abcdef.partial"):
+        (index.folder / name).write_bytes(b"begun")
+    index.delete(["d0"])
+    assert not list(index.folder.glob(".*"))
+
+
+def test_an_error_of_reading_is_not_called_one_of_writing(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught, storage.folder_written_beside(tmp_path / "new"):
+        (tmp_path / "missing").read_bytes()
+    assert caught.value.filename == str(tmp_path / "missing") and list(tmp_path.iterdir()) == []
+    with pytest.raises(ZeroDivisionError), storage.folder_written_beside(tmp_path / "new"):
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_building_never_overwrites(small: tuple[SparseIndex, SparseEmbeddings]) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -156,6 +158,41 @@ def test_save_does_not_overwrite(encoder, tmp_path):
     with pytest.raises(FileExistsError, match="not an empty folder"):
         encoder.save_pretrained(tmp_path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["kept.txt"]
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from transformers import AutoTokenizer
+from rarezoo.retrieval import InferenceFreeQueryEncoder
+from rarezoo.retrieval.storage import folder_written_beside
+encoder = InferenceFreeQueryEncoder(AutoTokenizer.from_pretrained(sys.argv[1]), torch.ones(160))
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), int(sys.argv[3])))
+try:
+    if sys.argv[4] == "safetensors":
+        with folder_written_beside(Path(sys.argv[2])) as partial:
+            save_file({"tensor": torch.ones(5000)}, partial / "model.safetensors")
+    else:
+        encoder.save_pretrained(sys.argv[2])
+except OSError as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("limit", "writer"),
+    [(100, "the table"), (1500, "tokenizers"), (1500, "safetensors")],
+)
+def test_a_full_disk_leaves_nothing_and_is_named(tmp_path, limit, writer):
+    """The writers of tokenizers and safetensors raise errors that are no OSError."""
+    target = tmp_path / "encoder"
+    arguments = [sys.executable, "-c", FULL_DISK, str(FIXTURES), str(target), str(limit), writer]
+    finished = subprocess.run(arguments, capture_output=True, text=True)
+    expected = f"CannotWriteError cannot write {target}: File too large; nothing half-written remains\n"
+    assert finished.stdout == expected, finished.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_loading_a_damaged_or_missing_file(encoder, tmp_path):
