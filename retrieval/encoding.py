@@ -33,7 +33,7 @@ from rarezoo.retrieval.sparse_embeddings import (
 )
 
 # Jobs begun by rarezoo's first version do not know them, and may be resumed.
-_LATER_SETTINGS = ("vocabulary",)
+_LATER_SETTINGS = ("vocabulary", "dtype")
 
 
 class Text(Protocol):
@@ -140,6 +140,8 @@ class _Job:
             "fingerprint": model_fingerprint(model),
             "processor": processor_fingerprint(processor),
             "vocabulary": vocabulary_fingerprint(processor.tokenizer),
+            # The fingerprint is the same in every precision, but the weights differ.
+            "dtype": str(model.dtype).removeprefix("torch."),
             "encoded": kind,
             "top_k": self.top_k,
             "shard_size": shard_size,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -116,6 +117,24 @@ def test_queries_use_the_query_side(model, processor, documents, tmp_path: Path)
     assert embeddings.matrix.getnnz(axis=1).max() == 8
     as_documents = model.encode_documents([document.text for document in documents[:9]], processor, top_k=8)
     assert abs(embeddings.matrix - as_documents).max() > 1e-2
+
+
+def test_a_job_goes_on_in_the_precision_that_it_was_begun_in(
+    splade_checkpoint, model, processor, documents, one_process: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "e"
+    shutil.copytree(one_process, target)
+    (target / "shard-00003.safetensors").unlink()
+    in_bfloat16 = MistralSpladeForRetrieval.from_pretrained(splade_checkpoint, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"another job \(dtype: 'float32' there, 'bfloat16' now\)"):
+        encode_corpus(in_bfloat16, processor, documents, target, **SAME_JOB)
+    assert not (target / "shard-00003.safetensors").exists()
+    # As the first release began jobs.
+    manifest = json.loads((target / "embeddings.json").read_text())
+    assert manifest.pop("dtype") == "float32" and manifest.pop("vocabulary")
+    (target / "embeddings.json").write_text(json.dumps(manifest))
+    encode_corpus(model, processor, documents, target, **SAME_JOB)
+    assert contents(target) == contents(one_process)
 
 
 def test_top_k_defaults_to_the_models_own(splade_checkpoint, processor, documents, tmp_path: Path) -> None:
