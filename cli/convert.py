@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import importlib
 import json as json_format
+import math
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Annotated, Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
+from rarezoo.auto import FAMILIES
 from rarezoo.cli.options import JsonOption
 from rarezoo.cli.output import megabytes, print_json
+
+_TYPE_NAMES: dict[Any, str] = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list: "a list",
+    dict: "a JSON object",
+    Mapping: "a JSON object",
+    NoneType: "null",
+}
 
 
 def convert(
@@ -36,6 +52,7 @@ def convert(
     It is read tensor by tensor. Every tensor is accounted for, and the result is opened again before it gets its name.
     """
     options = read_assignments("--option", option or [])
+    _check_options(options, family, to)
     if base is not None:
         options["base"] = base
     from rarezoo.conversion import convert as convert_checkpoint
@@ -58,6 +75,34 @@ def convert(
             typer.echo(f"  left out {name}: {reason}")
         for note in folder.notes:
             typer.echo(f"  {note}")
+
+
+def _check_options(options: dict[str, Any], family: str, to: str) -> None:
+    for name in ("family", "source", "destination", "to", "dtype", "max_shard_size"):
+        if name in options:
+            raise ValueError(f"--option {name}: it is an argument of the command itself, see `rarezoo convert --help`")
+    if family in FAMILIES:
+        converter = getattr(importlib.import_module(f"rarezoo.conversion.convert_{family}"), f"to_{to}", None)
+        hints = get_type_hints(converter) if converter else {}
+        for name, value in options.items():
+            check_type("--option", name, value, hints.get(name, Any))
+
+
+def check_type(option: str, name: str, value: Any, hint: Any) -> None:
+    """Raise `ValueError` unless a value from the command line is of the type that its field is declared with."""
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    plain = [get_origin(kind) or kind for kind in kinds]
+    if Any in plain:
+        return
+    if isinstance(value, bool):
+        fits = bool in plain
+    elif isinstance(value, (int, float)) and float in plain:
+        fits = math.isfinite(value)
+    else:
+        fits = isinstance(value, tuple(plain))
+    if not fits:
+        wanted = " or ".join(_TYPE_NAMES[kind] for kind in plain if kind in _TYPE_NAMES)
+        raise ValueError(f"{option} {name}: expected {wanted}; found {value!r}")
 
 
 def read_assignments(option: str, texts: list[str]) -> dict[str, Any]:

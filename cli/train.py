@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from rarezoo.cli.convert import read_assignments
+from rarezoo.cli.convert import check_type, read_assignments
 from rarezoo.cli.options import JsonOption
 from rarezoo.cli.output import print_json
+
+if TYPE_CHECKING:
+    from rarezoo.training import SparseTrainingRecipe
 
 
 def train(
@@ -34,9 +38,10 @@ def train(
     from rarezoo.training import SparseTrainingRecipe
     from rarezoo.training import train as run_recipe
 
-    settings = SparseTrainingRecipe.load(recipe).to_dict()
+    start = SparseTrainingRecipe.load(recipe)
+    settings = start.to_dict()
     for name, value in changes.items():
-        _set(settings, name, value)
+        _set(settings, start, name, value)
     result = run_recipe(SparseTrainingRecipe.from_dict(settings), output, resume=resume)
     if int(os.environ.get("RANK", "0")):  # of several processes one answers
         return
@@ -49,12 +54,16 @@ def train(
             typer.echo(f"  {name} {value:.4g}" if isinstance(value, float) else f"  {name} {value}")
 
 
-def _set(settings: dict[str, Any], name: str, value: Any) -> None:
+def _set(settings: dict[str, Any], recipe: SparseTrainingRecipe, name: str, value: Any) -> None:
     """Set a field; a dot leads into a section: `objective.score_scale`."""
     section, dot, inner = name.partition(".")
-    if not dot:
-        settings[name] = value
-    elif isinstance(settings.get(section), dict):
-        settings[section][inner] = value
-    else:
-        raise ValueError(f"--set {name}: the recipe has no section {section!r}")
+    target: Any = recipe
+    if dot:
+        if not isinstance(settings.get(section), dict):
+            raise ValueError(f"--set {name}: the recipe has no section {section!r}")
+        target, settings = getattr(recipe, section), settings[section]
+    if dataclasses.is_dataclass(target):
+        hint = get_type_hints(type(target)).get(inner or name, Any)
+        # A section as a whole is given as an object.
+        check_type("--set", name, value, dict if dataclasses.is_dataclass(hint) else hint)
+    settings[inner or name] = value

@@ -150,12 +150,16 @@ def read_evaluations(folder: Path) -> list[dict[str, Any]]:
 
 
 def _authored_metadata(folder: Path) -> dict[str, Any]:
+    import yaml
     from huggingface_hub import ModelCard
 
     readme = folder / "README.md"
     if not readme.is_file():
         return {}
-    known = ModelCard(readme.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
+    try:
+        known = ModelCard(readme.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{readme}: its metadata is not valid YAML ({error}); mend or remove it") from error
     return {name: known[name] for name in AUTHORED_FIELDS if known.get(name)}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from collections.abc import Sequence
@@ -139,10 +140,15 @@ def push(
 
     Raises:
         FileNotFoundError: part of the checkpoint is missing; nothing has been uploaded.
-        ValueError: not a checkpoint of the zoo, or metadata that the Hub refuses.
+        ValueError: not a checkpoint of the zoo, a name that is not "owner/name", or metadata that the Hub refuses.
+        ConnectionError: the Hub cannot be reached.
     """
     from huggingface_hub import HfApi
+    from huggingface_hub.utils import get_session, validate_repo_id
 
+    validate_repo_id(repo_id)
+    if "/" not in repo_id:
+        raise ValueError(f"the repository must be OWNER/NAME; found {repo_id!r}")
     folder = Path(folder)
     check_complete(folder)
     write_card(folder, repo_id, license=license, base_model=base_model, language=language)
@@ -151,16 +157,21 @@ def push(
     if left_out:
         logger.warning("not part of the checkpoint, not uploaded: %s", ", ".join(left_out))
     api = HfApi(token=token)
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    if revision is not None:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    return api.upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        revision=revision,
-        allow_patterns=[_literal(path) for path in files],
-        commit_message=commit_message,
-    )
+    # httpx or its successor, whichever this version of huggingface_hub speaks through.
+    client_library = importlib.import_module(type(get_session()).__module__.partition(".")[0])
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            allow_patterns=[_literal(path) for path in files],
+            commit_message=commit_message,
+        )
+    except client_library.TransportError as error:
+        raise ConnectionError(f"the Hub cannot be reached ({error}); push {folder} again later") from error
 
 
 def _literal(path: str) -> str:

@@ -1,7 +1,10 @@
 """The `rarezoo` command on damaged checkpoints, full disks and mistaken values: one line, exit code 2, nothing lost."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -302,3 +305,73 @@ def test_eval_prints_what_it_cannot_store(checkpoint, collection, monkeypatch):
     monkeypatch.setattr("rarezoo.cli.evaluate._write_json", fail)
     found = call("eval", checkpoint, collection, "--save", "--json", code=2)
     assert json.loads(found.stdout)["metrics"]["nDCG@10"] > 0
+
+
+# --- mistaken values --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu:0", "meta", "gpu"])
+def test_devices_that_are_not_supported(whole, device):
+    line = refused("explain", whole, "the cat", "--device", device)
+    assert f"--device must be cpu, cuda or cuda:NUMBER; found '{device}'" in line
+
+
+@pytest.mark.parametrize(
+    "change, part",
+    [
+        ("max_steps=abc", "--set max_steps: expected a whole number or null; found 'abc'"),
+        ("max_steps=true", "--set max_steps: expected a whole number or null; found True"),
+        ("learning_rate=NaN", "--set learning_rate: expected a number; found nan"),
+        ("bf16=maybe", "--set bf16: expected true or false; found 'maybe'"),
+        ("config=5", "--set config: expected a JSON object; found 5"),
+        ("objective=5", "--set objective: expected a JSON object; found 5"),
+        ("objective.score_scale=x", "--set objective.score_scale: expected a number; found 'x'"),
+        ("objective.nothing=1", "nothing"),
+        ("nothing=1", "nothing"),
+        ("nothing.at_all=1", "no section 'nothing'"),
+    ],
+)
+def test_recipe_values_of_another_type(tmp_path, change, part):
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps({"preset": "tiny", "training_data": "rows.jsonl"}))
+    assert part in refused("train", recipe, tmp_path / "out", "--set", change)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "option, part",
+    [
+        ("config_options=5", "--option config_options: expected a JSON object or null; found 5"),
+        ("processor_options=5", "--option processor_options: expected a JSON object or null; found 5"),
+        ("tokenizer=5", "--option tokenizer: expected a text or null; found 5"),
+        ("merge_adapter=maybe", "--option merge_adapter: expected true or false; found 'maybe'"),
+        ("dtype=fp16", "--option dtype: it is an argument of the command itself"),
+        ("max_shard_size=5", "--option max_shard_size: it is an argument of the command itself"),
+        ("source=x", "--option source: it is an argument of the command itself"),
+    ],
+)
+def test_converter_options_of_another_type(whole, tmp_path, option, part):
+    assert part in refused("convert", "mistral_splade", whole, tmp_path / "out", "--option", option)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("metadata", ["a: [", "- a", "a: b: c"])
+def test_a_readme_with_broken_metadata_is_named(checkpoint, metadata):
+    readme = checkpoint / "README.md"
+    readme.write_text(f"---\n{metadata}\n---\n# mine\n")
+    assert str(readme) in refused("card", checkpoint)
+    assert readme.read_text().endswith("# mine\n")
+
+
+def test_push_needs_an_owner(checkpoint):
+    assert "must be OWNER/NAME; found 'one'" in refused("push", checkpoint, "one")
+    assert not (checkpoint / "README.md").exists()
+
+
+def test_push_without_a_network(checkpoint):
+    """In a process of its own: the address of the Hub is read at import."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_none"}
+    arguments = [sys.executable, "-m", "rarezoo.cli", "push", checkpoint, "owner/name"]
+    finished = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 2, finished.stderr
+    assert "rarezoo: the Hub cannot be reached (" in finished.stderr and "Traceback" not in finished.stderr
