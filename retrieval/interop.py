@@ -323,19 +323,19 @@ def _to_json(content: dict[str, Any]) -> str:
 
 def _object(line: str, where: str) -> dict[str, Any]:
     try:
-        content = json.loads(line, object_pairs_hook=lambda pairs: _unique(pairs, where))
-    except (json.JSONDecodeError, RecursionError) as error:
+        content = json.loads(line, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not valid JSON ({error})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{where}: expected a JSON object, found {type(content).__name__}")
     return content
 
 
-def _unique(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"{where}: the key {twice!r} occurs twice in one JSON object, so a weight would be lost")
+        raise ValueError(f"the key {twice!r} occurs twice in one JSON object, so a weight would be lost")
     return content
 
 

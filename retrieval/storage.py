@@ -106,16 +106,31 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+class _Entries(dict[str, Any]):
+    """A JSON object of a file; an entry that it lacks is a ValueError that names both."""
+
+    def __init__(self, path: Path, entries: dict[str, Any]):
+        super().__init__(entries)
+        self._path = path
+
+    def __missing__(self, name: str) -> Any:
+        raise ValueError(f"{self._path} is damaged: the entry '{name}' is missing")
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
+    """Read a JSON object. To look up an entry that it, or an object in it, lacks is a ValueError naming the file.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is not a JSON object.
     """
+    return _parsed(path, path.read_bytes())
+
+
+def _parsed(path: Path, text: str | bytes) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        content = json.loads(text, object_hook=lambda entries: _Entries(path, entries))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: expected a JSON object ({error})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged: expected a JSON object, found {type(content).__name__}")
@@ -214,7 +229,7 @@ def _read_metadata(path: Path) -> dict[str, Any]:
         metadata = (file.metadata() or {}).get(_METADATA_KEY)
     if metadata is None:
         raise ValueError(f"{path} was not written by rarezoo: its safetensors metadata has no '{_METADATA_KEY}' entry")
-    return json.loads(metadata)
+    return _parsed(path, metadata)
 
 
 def read_source(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.sparse
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from rarezoo.retrieval import SparseEmbeddings
 from rarezoo.retrieval.sparse_embeddings import PackedIds, SeenIds
@@ -268,6 +269,42 @@ def test_folders_that_are_something_else_are_refused(saved: tuple[Path, SparseEm
     manifest_path.write_text("{")
     with pytest.raises(ValueError, match=r"embeddings\.json is damaged"):
         SparseEmbeddings.open(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["complete", "shards", "vocab_size", "fingerprint", "file", "num_bytes", "num_postings"]
+)
+def test_a_missing_entry_of_the_manifest_is_named(saved: tuple[Path, SparseEmbeddings], name: str) -> None:
+    path = saved[0] / "embeddings.json"
+    manifest = json.loads(path.read_text())
+    del (manifest if name in manifest and name != "num_postings" else manifest["shards"][0])[name]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))} is damaged: the entry '{name}' is missing$"):
+        SparseEmbeddings.open(saved[0])
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "[" * 100_000, '{"kind": 1' + "0" * 5000 + "}", "\udcff"])
+def test_a_manifest_that_is_no_json_is_named(saved: tuple[Path, SparseEmbeddings], content: str) -> None:
+    path = saved[0] / "embeddings.json"
+    path.write_text(content, errors="surrogateescape")
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))} is damaged: expected a JSON object"):
+        SparseEmbeddings.open(saved[0])
+
+
+@pytest.mark.parametrize(("metadata", "problem"), [("{", "expected a JSON object"), ("{}", "the entry 'crc32' is")])
+def test_damaged_metadata_of_a_shard_is_named(
+    saved: tuple[Path, SparseEmbeddings], metadata: str, problem: str
+) -> None:
+    path = saved[0] / "shard-00000.safetensors"
+    tensors = load_file(path)
+    size = path.stat().st_size
+    save_file(tensors, path, {"rarezoo": metadata})
+    manifest = json.loads((saved[0] / "embeddings.json").read_text())
+    assert path.stat().st_size != size == manifest["shards"][0]["num_bytes"]
+    manifest["shards"][0]["num_bytes"] = path.stat().st_size
+    (saved[0] / "embeddings.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=rf"shard-00000\.safetensors is damaged: {problem}"):
+        SparseEmbeddings.open(saved[0]).verify()
 
 
 def test_saving_never_overwrites(saved: tuple[Path, SparseEmbeddings]) -> None:

@@ -434,6 +434,16 @@ def test_an_error_of_reading_is_not_called_one_of_writing(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["fingerprint", "vocab_size", "segments", "file", "num_deleted", "tombstones"])
+def test_a_missing_entry_of_the_manifest_is_named(small, name: str) -> None:
+    path = small[0].folder / "index.json"
+    manifest = json.loads(path.read_text())
+    del (manifest if name in manifest and name != "num_deleted" else manifest["segments"][0])[name]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=rf"index\.json is damaged: the entry '{name}' is missing$"):
+        SparseIndex.open(path.parent)
+
+
 def test_building_never_overwrites(small: tuple[SparseIndex, SparseEmbeddings]) -> None:
     index, documents = small
     before = contents(index.folder)

@@ -440,6 +440,7 @@ BULK = '{"index": {"_id": "1"}}\n{"sparse_embedding": {"a": 1.0}}'
     ("format", "content", "message"),
     [
         ("anserini", f"{VECTOR}\n{VECTOR[:-1]}", "line 2: not valid JSON"),
+        ("anserini", f"{VECTOR}\n{'1' * 5000}", "line 2: not valid JSON"),
         ("anserini", "[1]", "line 1: expected a JSON object, found list"),
         ("anserini", f"{VECTOR}\n\n{VECTOR}", "line 3: the id '1' occurs twice"),
         ("anserini", '{"id": "1", "vector": {"zebra": 1}}', "line 1: the token 'zebra' is not in the vocabulary; was"),
