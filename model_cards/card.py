@@ -70,8 +70,8 @@ def build_card(
         processor=read_json(folder / "processor_config.json", dict) or {},
         architecture=_architecture(family, config),
         size=_size(folder, family),
-        recipe=_flatten(read_json(folder / "training_recipe.json", dict) or {}),
-        evaluations=evaluations,
+        recipe=_cells(_flatten(read_json(folder / "training_recipe.json", dict) or {})),
+        evaluations=[{**_cells(entry), "metrics": _cells(entry["metrics"])} for entry in evaluations],
         quantization=read_json(folder / "quantization_report.json", dict),
         sentence_transformers=(folder / "modules.json").is_file(),
         authored=authored,
@@ -140,13 +140,17 @@ def read_evaluations(folder: Path) -> list[dict[str, Any]]:
     evaluations = content if isinstance(content, list) else [content]
     for entry in evaluations:
         metrics = entry.get("metrics") if isinstance(entry, dict) else None
-        numbers = isinstance(metrics, dict) and all(isinstance(value, (int, float)) for value in metrics.values())
+        numbers = isinstance(metrics, dict) and all(map(_is_number, metrics.values()))
         if not metrics or not numbers or not isinstance(entry.get("dataset"), str):
             raise ValueError(
                 f"{folder / 'evaluation.json'}: expected {{'dataset': name, 'split': name, "
-                f"'metrics': {{name: number}}}} or a list of such objects; found {json.dumps(entry)[:200]}"
+                f"'metrics': {{name: finite number}}}} or a list of such objects; found {json.dumps(entry)[:200]}"
             )
     return evaluations
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _authored_metadata(folder: Path) -> dict[str, Any]:
@@ -268,3 +272,12 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         elif value is not None and value != [] and value != "":
             flat[f"{prefix}{name}"] = value
     return flat
+
+
+def _cells(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Names and values that fit into a table of Markdown: without bare bars and line breaks; numbers as they are."""
+    return {_cell(name): value if _is_number(value) else _cell(value) for name, value in row.items()}
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else "\\n".join(str(value).splitlines()).replace("|", "\\|")

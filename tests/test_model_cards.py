@@ -141,6 +141,31 @@ def test_the_card_s_code_runs(folder, run_without_rarezoo):
     assert rest
 
 
+def rows(text, title):
+    """The cells of the table under a heading."""
+    lines = text.split(f"## {title}\n")[1].split("\n## ")[0].splitlines()
+    return [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines if line.startswith("|")]
+
+
+def test_tables_hold_any_text(folder):
+    recipe = {"prompt": "a|b\nc", "config": {"x|y": [1, 2]}, "bf16": True, "learning_rate": 0.5}
+    (folder / "training_recipe.json").write_text(json.dumps(recipe))
+    evaluation = {"dataset": "one|two\nthree", "split": None, "metrics": {"P|5": 0.25}}
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    text = str(build_card(folder))
+    assert rows(text, "Training")[2:] == [
+        [" prompt ", r" a\|b\nc "], [r" config.x\|y ", " [1, 2] "], [" bf16 ", " True "], [" learning_rate ", " 0.5 "],
+    ]  # fmt: skip
+    assert rows(text, "Evaluation")[2:] == [[r" one\|two\nthree ", "  ", r" P\|5 ", " 0.2500 "]]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), True, None, "0.5"])
+def test_metrics_are_finite_numbers(folder, value):
+    (folder / "evaluation.json").write_text(json.dumps({**EVALUATION, "metrics": {"nDCG@10": value}}))
+    with pytest.raises(ValueError, match=r"evaluation.json: expected \{'dataset': name.*found"):
+        build_card(folder)
+
+
 def test_clear_errors(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         build_card(tmp_path)
