@@ -82,7 +82,8 @@ class _Verbs(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
             typer.echo(
-                "rarezoo: interrupted; `encode` and `eval` go on when they are run again, `train` with --resume",
+                "rarezoo: interrupted; run again, `encode` and `eval` go on, and so does `train` with --resume; other "
+                "verbs begin anew",
                 err=True,
             )
             raise typer.Exit(130) from error

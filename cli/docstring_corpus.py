@@ -42,14 +42,15 @@ class DocstringPair:
 
 
 def read_docstring_pairs(limit: int, seed: int = 0) -> list[DocstringPair]:
-    """Up to `limit` pairs in an order that depends on `seed` and on the installed packages only.
+    """Up to `limit` pairs: the standard library's first, which every machine has, then those of installed packages.
 
-    Objects whose document or first sentence occurs more than once are dropped, so that each query has one answer.
-    Raises `RuntimeError` where the machine has fewer than 200 usable documentation strings.
+    Within both, the order depends on `seed` and on what is installed only. Objects whose document or first sentence
+    occurs more than once are dropped, so that each query has one answer. Raises `RuntimeError` where the machine has
+    fewer than 200 usable documentation strings.
     """
-    folders = [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib")]
     candidates: list[DocstringPair] = []
-    for folder in folders:
+    for scheme in ("stdlib", "purelib"):
+        folder = Path(sysconfig.get_path(scheme))
         files = sorted(_python_files(folder))
         random.Random(seed).shuffle(files)
         found: list[DocstringPair] = []
@@ -57,9 +58,9 @@ def read_docstring_pairs(limit: int, seed: int = 0) -> list[DocstringPair]:
             found.extend(_pairs_of_file(path, folder))
             if len(found) >= limit:
                 break
+        random.Random(seed).shuffle(found)
         candidates.extend(found)
     unique = _without_repetitions(candidates)
-    random.Random(seed).shuffle(unique)
     if len(unique) < 200:
         raise RuntimeError(f"found only {len(unique)} documentation strings with a summary and a body; expected 200")
     return unique[:limit]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import shutil
 import subprocess
 import sys
@@ -19,11 +21,12 @@ from transformers.utils import logging
 from rarezoo.cli.docstring_corpus import DocstringPair, read_docstring_pairs
 
 DOCUMENTS = 4000
-HELD_OUT_QUERIES = 400
+FURTHER_PAIRS = 4000
+HELD_OUT_QUERIES = 800
 STEPS = 90
 FIGURES_FILE = "quickstart.json"
 QUESTIONS = (
-    "how do I read rows of a csv file",
+    "read the rows of a csv file",
     "open a zip archive",
     "wait until a thread has finished",
 )
@@ -46,13 +49,17 @@ print(json.dumps({"class": type(model).__module__.split(".")[0] + "…" + type(m
 """
 
 
-def run(output: Path, documents: int = DOCUMENTS, steps: int = STEPS, seed: int = 0) -> dict[str, Any]:
+def run(
+    output: Path, documents: int = DOCUMENTS, further_pairs: int = FURTHER_PAIRS, steps: int = STEPS, seed: int = 0
+) -> dict[str, Any]:
     """Run the tour and return its figures.
 
     Args:
         output: folder for the checkpoint, the index, the quantized copies and the picture: new, empty, or that of an
             earlier tour, which is replaced.
-        documents: documentation strings to work on.
+        documents: documentation strings in the corpus; some of their first sentences are held out as queries, the
+            others train.
+        further_pairs: documentation strings that only train.
         steps: optimiser steps.
         seed: of the split and of the training.
 
@@ -63,7 +70,8 @@ def run(output: Path, documents: int = DOCUMENTS, steps: int = STEPS, seed: int 
     logging.disable_progress_bar()  # those of loading and saving, a moment each
     started = time.perf_counter()
     _claim_folder(output)
-    tour = _Tour(output, read_docstring_pairs(documents, seed), seed)
+    found = read_docstring_pairs(documents + further_pairs, seed)
+    tour = _Tour(output, found[:documents], found[documents:], seed)
     tour.train(steps)
     tour.load_without_rarezoo()
     tour.build_index()
@@ -73,7 +81,9 @@ def run(output: Path, documents: int = DOCUMENTS, steps: int = STEPS, seed: int 
     tour.figures["seconds"] = round(time.perf_counter() - started)
     (output / FIGURES_FILE).write_text(json.dumps(tour.figures, indent=2) + "\n", encoding="utf-8")
     typer.echo(f"\nDone in {tour.figures['seconds']} s. Everything is in {output}; try\n")
-    typer.echo(f'    rarezoo search {output / "index"} --model {output / "model"} "parse command line options"\n')
+    program = "rarezoo" if shutil.which("rarezoo") else os.path.relpath(Path(sys.executable).parent / "rarezoo")
+    places = f"{output / 'index'} --model {output / 'model'} --corpus {output / 'corpus.jsonl'}"
+    typer.echo(f'    {program} search {places} "parse command line options"\n')
     return tour.figures
 
 
@@ -90,21 +100,28 @@ def _claim_folder(output: Path) -> None:
 class _Tour:
     """The stations of the tour; `figures` collects what they measured."""
 
-    def __init__(self, output: Path, pairs: list[DocstringPair], seed: int):
+    def __init__(self, output: Path, pairs: list[DocstringPair], further: list[DocstringPair], seed: int):
         self.output = output
         self.model_folder = output / "model"
-        self.pairs = pairs
+        self.pairs = random.Random(seed).sample(pairs, len(pairs))
         self.seed = seed
         held_out = min(HELD_OUT_QUERIES, len(pairs) // 5)
-        self.held_out, self.training = pairs[:held_out], pairs[held_out:]
-        self.figures: dict[str, Any] = {"documents": len(pairs), "held-out queries": held_out}
+        self.held_out, self.training = self.pairs[:held_out], self.pairs[held_out:] + further
+        self.figures: dict[str, Any] = {
+            "documents": len(pairs),
+            "held-out queries": held_out,
+            "training pairs": len(self.training),
+        }
         self.history: list[dict[str, float]] = []
         self.curve: list[tuple[int, float]] = []
         _title("1. Real text on this machine")
         typer.echo(f"{len(pairs):,} documentation strings: the first sentence asks, the rest answers.")
-        typer.echo(f"{held_out} first sentences are held out as queries; all {len(pairs):,} texts are documents.")
-        _show("query", pairs[0].query)
-        _show("answer", pairs[0].document)
+        typer.echo(f"{held_out} first sentences are held out as queries over these documents.")
+        typer.echo(
+            f"The other {len(pairs) - held_out:,} pairs, and {len(further):,} further ones, are there to learn from."
+        )
+        _show("query", self.pairs[0].query)
+        _show("answer", self.pairs[0].document)
 
     @property
     def qrels(self) -> dict[str, dict[str, int]]:
@@ -193,6 +210,8 @@ class _Tour:
 
         _title("4. Index the corpus")
         documents = [Document(pair.name, pair.document) for pair in self.pairs]
+        lines = [json.dumps({"_id": document.id, "text": document.text}) + "\n" for document in documents]
+        (self.output / "corpus.jsonl").write_text("".join(lines), encoding="utf-8")
         start = time.perf_counter()
         embeddings = encode_corpus(self.model, self.processor, documents, self.output / "embeddings", batch_size=64)
         encoded = time.perf_counter()
@@ -250,13 +269,14 @@ class _Tour:
         from matplotlib import pyplot
 
         figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.6), constrained_layout=True)
-        steps = [entry["step"] for entry in self.history]
-        axes[0].plot(steps, [entry["ranking_loss"] for entry in self.history])
+        history = self.history[1:] or self.history  # the first entry is of one batch, the others are means of several
+        steps = [entry["step"] for entry in history]
+        axes[0].plot(steps, [entry["ranking_loss"] for entry in history])
         axes[0].set_title("InfoNCE loss")
         for side in ("query", "document"):
-            axes[1].plot(steps, [entry[f"{side}_active_dimensions"] for entry in self.history], label=side)
+            axes[1].plot(steps, [entry[f"{side}_active_dimensions"] for entry in history], label=side)
         axes[1].set_title("active dimensions")
-        axes[1].set_yscale("log")
+        axes[1].set_ylim(bottom=0)
         axes[1].legend()
         axes[2].plot(*zip(*self.curve), marker="o", label="Mistral-SPLADE")
         axes[2].axhline(self.figures["nDCG@10"]["BM25"], color="grey", linestyle="--", label="BM25")

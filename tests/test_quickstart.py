@@ -51,7 +51,8 @@ def test_pairs_have_one_answer_each():
     assert read_docstring_pairs(500) == pairs
     assert {pair.name for pair in read_docstring_pairs(500, seed=1)} != {pair.name for pair in pairs}
     parts = [pair.name.split(".")[0] for pair in pairs]
-    assert {"test", "idlelib"}.isdisjoint(parts) and len(set(parts)) > 20
+    assert {"test", "idlelib", "numpy"}.isdisjoint(parts) and len(set(parts)) > 20
+    assert "torch" in {pair.name.split(".")[0] for pair in read_docstring_pairs(8000)}
 
 
 def test_other_peoples_folders_are_left_alone(tmp_path):
@@ -66,9 +67,9 @@ def test_a_small_tour(tmp_path, capsys):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "left.over").touch()
     (tmp_path / "quickstart.json").touch()  # as an earlier tour leaves it
-    figures = quickstart.run(tmp_path, documents=300, steps=3)
+    figures = quickstart.run(tmp_path, documents=300, further_pairs=50, steps=3)
     assert json.loads((tmp_path / "quickstart.json").read_text()) == json.loads(json.dumps(figures))
-    assert (figures["documents"], figures["held-out queries"]) == (300, 60)
+    assert (figures["documents"], figures["held-out queries"], figures["training pairs"]) == (300, 60, 290)
     assert set(figures["nDCG@10"]) == {"before", "after", "BM25"}
     assert all(0.3 < value < 1 for value in figures["nDCG@10"].values()), "all three find documents by their words"
     assert figures["same vector without rarezoo"] is True
