@@ -27,9 +27,17 @@ class _BuildUnlessNamed(TyperGroup):
 app = typer.Typer(
     cls=_BuildUnlessNamed,
     help="Build and change an index.\n\n`rarezoo index EMBEDDINGS INDEX` builds one.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     rich_markup_mode=None,
 )
+
+
+@app.callback()
+def _show_help(context: typer.Context) -> None:
+    # Not `no_args_is_help`: to the group of all verbs that is an error, of one line.
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(2)
 
 
 @app.command("build")

@@ -87,3 +87,18 @@ def test_folders_that_do_not_name_their_vocabulary_are_read(embeddings, index, f
     call("export", old, tmp_path / "vectors.jsonl", "--to", "opensearch", "--model", foreign)
     call("index", old, tmp_path / "rebuilt")
     call("search", tmp_path / "index", "paris", "--model", splade_checkpoint)
+
+
+# --- help -------------------------------------------------------------------------------------------------------------
+
+
+def test_index_alone_shows_its_help():
+    """As `rarezoo` alone does: on standard error, with the exit code of a wrong command line."""
+    shown = call("index", code=2).stderr
+    assert shown == call("index", "--help").stdout
+    assert [line.split()[0] for line in shown.split("Commands:")[1].splitlines() if line] == [
+        "build",
+        "add",
+        "delete",
+        "compact",
+    ]
