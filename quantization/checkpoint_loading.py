@@ -72,8 +72,11 @@ def load_model(source: str | os.PathLike[str], auto_class: str = "AutoModel", **
     import transformers
     from safetensors import SafetensorError
 
-    load_config(source)
+    _, config = load_config(source)
+    mismatched: list[tuple[str, Any, Any]] = []
     try:
+        if "quantization_config" in arguments:
+            mismatched = _mismatched_shapes(Path(source), getattr(transformers, auto_class), config)
         with _quiet_report():
             model, found = getattr(transformers, auto_class).from_pretrained(
                 source, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
@@ -82,6 +85,8 @@ def load_model(source: str | os.PathLike[str], auto_class: str = "AutoModel", **
         raise ValueError(
             f"{_damaged_file(Path(source)) or source}: damaged weights ({error}); download or write them again"
         ) from error
+    # Layers that are quantized while they are loaded are not compared by transformers.
+    found["mismatched_keys"] = {*found["mismatched_keys"], *mismatched}
     problems = [
         f"{title}: {_listed(found[kind])}"
         for kind, title in (
@@ -140,6 +145,23 @@ def _damaged_file(folder: Path) -> Path | None:
         except SafetensorError:
             return file
     return None
+
+
+def _mismatched_shapes(folder: Path, auto_class: Any, config: Any) -> list[tuple[str, Any, Any]]:
+    """(name, stored shape, expected shape) of the weights in a folder's safetensors files that differ."""
+    import torch
+    from safetensors import safe_open
+
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in auto_class.from_config(config).state_dict().items()}
+    wrong = []
+    for file in sorted(folder.glob("model*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():
+                shape = tuple(tensors.get_slice(name).get_shape())
+                if expected.get(name, shape) != shape:
+                    wrong.append((name, shape, expected[name]))
+    return wrong
 
 
 def _listed(keys: Any) -> str:

@@ -139,6 +139,14 @@ def test_weights_of_another_configuration_are_named(checkpoint, collection, tmp_
         assert part in line
 
 
+@pytest.mark.parametrize("scheme", ["nf4", "int8", "bf16"])
+def test_shapes_are_compared_whatever_is_quantized(checkpoint, tmp_path, scheme):
+    edit_config(checkpoint, num_key_value_heads=2)
+    line = refused("quantize", checkpoint, tmp_path / "small", "--scheme", scheme, "--no-fidelity")
+    assert "model.layers.0.self_attn.k_proj.weight [32, 64] instead of [64, 64]" in line
+    assert not (tmp_path / "small").exists()
+
+
 def test_missing_head_is_named_and_a_tied_one_is_not_missing(checkpoint):
     edit_weights(checkpoint, lambda weights: weights.pop("lm_head.weight"))
     assert "missing: lm_head.weight" in refused("explain", checkpoint, "the cat")
