@@ -196,6 +196,11 @@ def _opened(path: Path) -> Iterator[Any]:
             yield file
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or truncated ({error})") from error
+    except RuntimeError as error:
+        if path.is_file():
+            raise
+        # Removed by another process after its header was read: torch maps the file then, and says it in its own way.
+        raise FileNotFoundError(f"{path} is missing") from error
 
 
 def map_tensors(path: Path, dtypes: dict[str, type], mmap: bool = True) -> dict[str, np.ndarray]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.sparse
+import torch
 from safetensors.numpy import load_file
 
 from rarezoo.retrieval import SparseEmbeddings, SparseIndex, sparse_index, storage
@@ -500,6 +501,21 @@ def test_an_index_is_opened_while_another_process_changes_it(small, monkeypatch,
     reader = SparseIndex.open(writer.folder)
     assert not left and len(reader) == 30 + 2 * changes
     assert reader.search(queries) == writer.search(queries)
+
+
+def test_a_file_that_vanishes_while_it_is_opened_is_missing(small, monkeypatch) -> None:
+    """safetensors reads the header, and torch opens the file once more."""
+    path = small[0].folder / "segment-00000.safetensors"
+    mapped = torch.UntypedStorage.from_file
+
+    def vanish(*arguments, **named):
+        path.unlink(missing_ok=True)
+        return mapped(*arguments, **named)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", vanish)
+    with pytest.raises(FileNotFoundError, match=r"segment-00000\.safetensors is missing$"):
+        SparseIndex.open(path.parent)
+    assert not path.exists()
 
 
 CHANGE = """
