@@ -458,8 +458,9 @@ class SparseEmbeddings:
             for number, start in enumerate(starts):
                 part = self[start : start + shard_size]
                 write_shard(partial / shard_name(number), part.ids, part.matrix)
-            origin = {"fingerprint": self.fingerprint, "vocabulary": self.vocabulary}
-            write_manifest(partial, len(starts), self.vocab_size, **origin)
+            write_manifest(
+                partial, len(starts), self.vocab_size, fingerprint=self.fingerprint, vocabulary=self.vocabulary
+            )
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], mmap: bool = True) -> SparseEmbeddings:

@@ -273,7 +273,9 @@ class MistralSpladeForRetrieval(MistralSpladeHeadModel):
         if output not in ("scipy", "torch", "dense"):
             raise ValueError(f"output must be 'scipy', 'torch' or 'dense'; found {output!r}")
         for name, value in (("top_k", top_k), ("batch_size", batch_size)):
-            if not (value is None and name == "top_k") and not (isinstance(value, Integral) and value >= 1):
+            if value is None and name == "top_k":
+                continue
+            if not isinstance(value, Integral) or int(value) < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1; found {value!r}")
         if not isinstance(texts, Iterable):
             raise TypeError(f"expected a text or several; found {type(texts).__name__}")
