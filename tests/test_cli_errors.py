@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -218,48 +219,54 @@ def test_damaged_records_are_named(checkpoint, name, content):
 # --- full disks -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def file_limit():
-    """Sets the largest file, in bytes, that this process can write: writing more fails as on a full disk."""
+@contextmanager
+def file_limit(size: int):
+    """Writing more than `size` bytes to one file fails as on a full disk.
+
+    It holds for the whole process, and so for a file that takes pytest's report: never beyond the command itself.
+    """
     import resource
 
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 # The weights of the bf16 copy take more than 100 kB, the tokenizer 13 kB, the configuration more than 1 kB.
 @pytest.mark.parametrize("size", [50_000, 5_000, 500])
-def test_quantize_leaves_nothing_on_a_full_disk(whole, tmp_path, file_limit, size):
+def test_quantize_leaves_nothing_on_a_full_disk(whole, tmp_path, size):
     target = tmp_path / "new" / "small"
-    file_limit(size)
-    line = refused("quantize", whole, target, "--scheme", "bf16", "--no-fidelity")
+    with file_limit(size):
+        line = refused("quantize", whole, target, "--scheme", "bf16", "--no-fidelity")
     assert f"cannot write {target} (" in line and "File too large" in line
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("size", [50_000, 500])
-def test_convert_leaves_nothing_on_a_full_disk(whole, tmp_path, file_limit, size):
+def test_convert_leaves_nothing_on_a_full_disk(whole, tmp_path, size):
     target = tmp_path / "new" / "official"
-    file_limit(size)
-    line = refused("convert", "mistral_splade", whole, target, "--to", "official")
+    with file_limit(size):
+        line = refused("convert", "mistral_splade", whole, target, "--to", "official")
     assert str(target) in line and "File too large" in line
     assert list(tmp_path.iterdir()) == []
 
 
-def test_card_keeps_the_old_one_on_a_full_disk(checkpoint, file_limit):
+def test_card_keeps_the_old_one_on_a_full_disk(checkpoint):
     (checkpoint / "README.md").write_text("mine")
     before = sorted(path.name for path in checkpoint.iterdir())
-    file_limit(500)
-    assert f"cannot write {checkpoint / 'README.md'} (File too large)" in refused("card", checkpoint)
+    with file_limit(500):
+        line = refused("card", checkpoint)
+    assert f"cannot write {checkpoint / 'README.md'} (File too large)" in line
     assert (checkpoint / "README.md").read_text() == "mine"
     assert sorted(path.name for path in checkpoint.iterdir()) == before
 
 
-def test_a_result_is_whole_or_absent_on_a_full_disk(tmp_path, file_limit):
-    file_limit(500)
+def test_a_result_is_whole_or_absent_on_a_full_disk(tmp_path):
     file = tmp_path / "evaluation.json"
-    with pytest.raises(OSError, match=r"cannot write .*evaluation.json .File too large"):
+    with pytest.raises(OSError, match=r"cannot write .*evaluation.json .File too large"), file_limit(500):
         _write_json(file, ["x" * 1000])
     assert list(tmp_path.iterdir()) == []
 
