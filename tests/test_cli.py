@@ -19,6 +19,8 @@ import rarezoo
 from rarezoo.cli import app
 from rarezoo.cli.search import snippet
 
+from .commands import call, write_collection, write_jsonl
+
 VERBS = "quickstart list info convert train encode index search explain eval quantize export card push".split()
 SCRIPT = Path(sys.executable).with_name("rarezoo")
 DOCUMENTS = {
@@ -32,34 +34,15 @@ QUERIES = {"q1": "what is the capital of france?", "q2": "who sat on the mat", "
 QRELS = {"q1": {"paris": 1}, "q2": {"cat": 2, "dog": 1}}
 
 
-def call(*arguments, code: int = 0):
-    """The result of a command in this process."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    problem = "" if result.exception is None or isinstance(result.exception, SystemExit) else repr(result.exception)
-    assert result.exit_code == code, f"{result.stdout}\n{result.stderr}\n{problem}"
-    return result
-
-
 def answer(*arguments):
     """What a command answers with --json."""
     return json.loads(call(*arguments, "--json").stdout)
 
 
-def lines(*rows: dict) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
-
 @pytest.fixture(scope="module")
 def collection(tmp_path_factory) -> Path:
     """A BEIR folder."""
-    folder = tmp_path_factory.mktemp("collections") / "small"
-    (folder / "qrels").mkdir(parents=True)
-    documents = ({"_id": name, "title": "", "text": text} for name, text in DOCUMENTS.items())
-    (folder / "corpus.jsonl").write_text(lines(*documents))
-    (folder / "queries.jsonl").write_text(lines(*({"_id": name, "text": text} for name, text in QUERIES.items())))
-    rows = [f"{query}\t{name}\t{grade}" for query, grades in QRELS.items() for name, grade in grades.items()]
-    (folder / "qrels" / "test.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *rows]) + "\n")
-    return folder
+    return write_collection(tmp_path_factory.mktemp("collections") / "small", DOCUMENTS, QUERIES, QRELS)
 
 
 @pytest.fixture(scope="module")
@@ -375,7 +358,7 @@ def test_train(splade_checkpoint, inputs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = zip(inputs["queries"], inputs["documents"], inputs["negatives"])
     pairs = [{"query": query, "positive": positive, "negative": negative} for query, positive, negative in rows]
-    Path("pairs.jsonl").write_text(lines(*pairs))
+    write_jsonl(Path("pairs.jsonl"), pairs)
     recipe = {"model": str(splade_checkpoint), "training_data": "pairs.jsonl", "batch_size": 3, "max_steps": 50}
     Path("recipe.json").write_text(json.dumps(recipe))
     changes = ["--set", "max_steps=3", "--set", "learning_rate=0.01", "--set", "objective.query_regularizer=l1"]

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
-from rarezoo.cli import app
 from rarezoo.cli.evaluate import _write_json
 from rarezoo.mistral_splade import MistralSpladeConfig, MistralSpladeForRetrieval, MistralSpladeProcessor
 from rarezoo.quantization import quantize
+
+from .commands import call, refused, write_collection
 
 DOCUMENTS = {
     "paris": "the capital of france is paris",
@@ -29,35 +29,10 @@ QUERIES = {"q1": "what is the capital of france?", "q2": "who sat on the mat", "
 QRELS = {"q1": {"paris": 1}, "q2": {"cat": 2, "q2": 1}, "absent": {"jupiter": 1}}
 
 
-def call(*arguments, code: int = 0):
-    """The result of a command in this process."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    problem = "" if result.exception is None or isinstance(result.exception, SystemExit) else repr(result.exception)
-    assert result.exit_code == code, f"{result.stdout}\n{result.stderr}\n{problem}"
-    return result
-
-
-def refused(*arguments) -> str:
-    """The one line on standard error of a command that ends with exit code 2."""
-    problems = [line for line in call(*arguments, code=2).stderr.splitlines() if line.startswith("rarezoo: ")]
-    assert len(problems) == 1, problems
-    return problems[0]
-
-
-def write_collection(folder: Path, documents: dict[str, str], qrels: dict[str, dict[str, int]]) -> Path:
-    (folder / "qrels").mkdir(parents=True)
-    for name, texts in (("corpus", documents), ("queries", QUERIES)):
-        rows = "".join(json.dumps({"_id": key, "text": text}) + "\n" for key, text in texts.items())
-        (folder / f"{name}.jsonl").write_text(rows)
-    rows = [f"{query}\t{name}\t{grade}" for query, grades in qrels.items() for name, grade in grades.items()]
-    (folder / "qrels" / "test.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *rows]) + "\n")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def collection(tmp_path_factory) -> Path:
     """A BEIR folder: two equal documents, a document with the name of a query, an unjudged query, an absent one."""
-    return write_collection(tmp_path_factory.mktemp("collections") / "small", DOCUMENTS, QRELS)
+    return write_collection(tmp_path_factory.mktemp("collections") / "small", DOCUMENTS, QUERIES, QRELS)
 
 
 @pytest.fixture(scope="module")
@@ -282,7 +257,7 @@ def no_encoding(monkeypatch):
 
 @pytest.mark.usefixtures("no_encoding")
 def test_eval_finds_mistakes_before_the_long_work(checkpoint, collection, tmp_path):
-    spaced = write_collection(tmp_path / "spaced", {**DOCUMENTS, "a b": "rain"}, QRELS)
+    spaced = write_collection(tmp_path / "spaced", {**DOCUMENTS, "a b": "rain"}, QUERIES, QRELS)
     line = refused("eval", checkpoint, spaced, "--output", tmp_path / "out")
     assert "the identifier 'a b' holds white space" in line and not (tmp_path / "out").exists()
 

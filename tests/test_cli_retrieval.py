@@ -5,31 +5,16 @@ import shutil
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from rarezoo.cli import app
+from .commands import call, refused, write_jsonl
 
 DOCUMENTS = {"paris": "the capital of france is paris", "cat": "the cat sat on the mat"}
-
-
-def call(*arguments, code: int = 0):
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, f"{result.stdout}\n{result.stderr}\n{result.exception!r}"
-    return result
-
-
-def refused(*arguments) -> str:
-    """The one line with which a command ends."""
-    (line,) = call(*arguments, code=2).stderr.splitlines()
-    return line
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("cli retrieval") / "corpus.jsonl"
-    rows = [json.dumps({"_id": name, "text": text}) + "\n" for name, text in DOCUMENTS.items()]
-    path.write_text("".join(rows))
-    return path
+    return write_jsonl(path, ({"_id": name, "text": text} for name, text in DOCUMENTS.items()))
 
 
 @pytest.fixture(scope="module")
