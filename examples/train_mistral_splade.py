@@ -27,7 +27,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     rows = [dict(row) for row in read_training_rows(arguments.pairs)]
-    number_held_out = min(arguments.held_out, len(rows) // 5)
+    number_held_out = max(1, min(arguments.held_out, len(rows) // 5))
     held_out, training = rows[:number_held_out], rows[number_held_out:]
     changes = {"max_steps": arguments.steps} if arguments.steps else {}
     if arguments.model is None:
