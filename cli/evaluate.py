@@ -45,8 +45,9 @@ def evaluate(
 ) -> None:
     """Measure retrieval on a test collection.
 
-    Encodes the corpus, builds an exact index, searches all judged queries and evaluates with ir-measures. A document
-    with the identifier of the query is not counted as an answer, as is usual on BEIR.
+    Encodes the corpus, builds an exact index, searches all judged queries and evaluates with ir-measures. As is usual
+    on BEIR, a document with the identifier of the query is the query itself and no answer, unless the judgements name
+    that pair.
     """
     from rarezoo.cli.checkpoints import load_retriever
     from rarezoo.cli.queries import QueryEncoder
@@ -68,7 +69,7 @@ def evaluate(
     with nullcontext(str(output)) if output else tempfile.TemporaryDirectory(prefix="rarezoo-eval-") as folder:
         embeddings = encode_corpus(retriever, processor, documents, Path(folder) / "documents", batch_size=batch_size)
         index = _index(embeddings, Path(folder) / "index")
-        run = _search(index, queries, depth)
+        run = _search(index, queries, qrels, depth)
         measured = evaluate_run(run, qrels, metrics=names)
         answer = {
             "dataset": collection.resolve().name,
@@ -148,10 +149,14 @@ def _index(embeddings: SparseEmbeddings, folder: Path) -> SparseIndex:
     return index
 
 
-def _search(index: SparseIndex, queries: SparseEmbeddings, depth: int) -> dict[str, list[tuple[str, float]]]:
+def _search(
+    index: SparseIndex, queries: SparseEmbeddings, qrels: dict[str, dict[str, int]], depth: int
+) -> dict[str, list[tuple[str, float]]]:
+    from rarezoo.retrieval.evaluation import is_answer
+
     found = index.search(queries, depth + 1, num_threads=os.cpu_count() or 1)
     return {
-        query: [(document, score) for document, score in row if document != query][:depth]
+        query: [(document, score) for document, score in row if is_answer(query, document, qrels)][:depth]
         for query, row in zip(queries.ids, found)
     }
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from rarezoo.cli.evaluate import _write_json
 from rarezoo.mistral_splade import MistralSpladeConfig, MistralSpladeForRetrieval, MistralSpladeProcessor
 from rarezoo.quantization import quantize
+from rarezoo.retrieval import read_run
 
 from .commands import call, refused, write_collection
 
@@ -23,6 +24,7 @@ DOCUMENTS = {
     "copy": "the capital of france is paris",
     "jupiter": "jupiter is the largest planet in the solar system, by far",
     "cat": "the cat sat on the mat",
+    "q1": "what is the capital of france?",
     "q2": "who sat on the mat",
 }
 QUERIES = {"q1": "what is the capital of france?", "q2": "who sat on the mat", "unjudged": "largest planet"}
@@ -31,7 +33,8 @@ QRELS = {"q1": {"paris": 1}, "q2": {"cat": 2, "q2": 1}, "absent": {"jupiter": 1}
 
 @pytest.fixture(scope="module")
 def collection(tmp_path_factory) -> Path:
-    """A BEIR folder: two equal documents, a document with the name of a query, an unjudged query, an absent one."""
+    """A BEIR folder: two equal documents, two with the name of a query, one of them its answer, an unjudged query, an
+    absent one."""
     return write_collection(tmp_path_factory.mktemp("collections") / "small", DOCUMENTS, QUERIES, QRELS)
 
 
@@ -64,8 +67,10 @@ def test_eval_and_quantize_measure_the_same(whole, collection, tmp_path):
         call("quantize", whole, tmp_path / "small", "--scheme", "bf16", "--evaluation", collection, "--json").stdout
     )
     for name, folder in (("full_precision", whole), ("quantized", tmp_path / "small")):
-        measured = json.loads(call("eval", folder, collection, "--json").stdout)
+        measured = json.loads(call("eval", folder, collection, "--output", tmp_path / f"{name} run", "--json").stdout)
         assert 0 < measured["metrics"]["nDCG@10"] < 1
+        run = read_run(tmp_path / f"{name} run" / "run.trec")
+        assert "q1" not in run["q1"] and "q2" in run["q2"], "a query is an answer to itself only if it is judged one"
         assert report["retrieval"]["nDCG@10"][name] == pytest.approx(measured["metrics"]["nDCG@10"], abs=1e-5)
 
 

@@ -76,6 +76,8 @@ def test_a_small_tour(tmp_path, capsys):
     assert all(0.3 < value < 1 for value in figures["nDCG@10"].values()), "all three find documents by their words"
     assert figures["same vector without rarezoo"] is True
     assert set(figures["quantized"]) == {"nf4", "int8"}
+    for report in figures["quantized"].values():
+        assert all(report["retrieval"]["nDCG@10"][name] > 0.3 for name in ("full_precision", "quantized"))
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
 
     assert not (tmp_path / "model" / "left.over").exists()
