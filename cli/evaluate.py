@@ -152,13 +152,12 @@ def _index(embeddings: SparseEmbeddings, folder: Path) -> SparseIndex:
 def _search(
     index: SparseIndex, queries: SparseEmbeddings, qrels: dict[str, dict[str, int]], depth: int
 ) -> dict[str, list[tuple[str, float]]]:
-    from rarezoo.retrieval.evaluation import is_answer
-
     found = index.search(queries, depth + 1, num_threads=os.cpu_count() or 1)
-    return {
-        query: [(document, score) for document, score in row if is_answer(query, document, qrels)][:depth]
-        for query, row in zip(queries.ids, found)
-    }
+    run = {}
+    for query, row in zip(queries.ids, found):
+        itself = {query} - qrels[query].keys()
+        run[query] = [(document, score) for document, score in row if document not in itself][:depth]
+    return run
 
 
 def _write_json(path: Path, content: Any) -> None:

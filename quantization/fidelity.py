@@ -107,14 +107,12 @@ def _overlap(expected: set, found: set) -> float:
 def rank(model: Any, processor: Any, evaluation: EvaluationSet) -> dict[str, dict[str, float]]:
     """The `TOP_DOCUMENTS` best documents of every judged query, as `rarezoo eval` ranks them.
 
-    Only scores above 0 and documents that `is_answer` accepts count; equal scores rank by falling document id, which
-    is trec_eval's order.
+    Only scores above 0 count; a document with the identifier of the query only where the judgements name that pair;
+    equal scores rank by falling document id, which is trec_eval's order.
 
     Returns:
         {query id: {document id: score}}, best first.
     """
-    from rarezoo.retrieval.evaluation import is_answer
-
     judged = {query: text for query, text in evaluation.queries.items() if query in evaluation.qrels}
     queries = model.encode_queries(list(judged.values()), processor=processor, show_progress_bar=True)
     documents = model.encode_documents(list(evaluation.documents.values()), processor=processor, show_progress_bar=True)
@@ -122,8 +120,8 @@ def rank(model: Any, processor: Any, evaluation: EvaluationSet) -> dict[str, dic
     run = {}
     for row, query in enumerate(judged):
         scores = (documents @ queries[row].T).toarray().ravel()
-        candidates = [(float(scores[i]), names[i]) for i in np.flatnonzero(scores > 0)]
-        found = [pair for pair in candidates if is_answer(query, pair[1], evaluation.qrels)]
+        itself = {query} - evaluation.qrels[query].keys()
+        found = [(float(scores[i]), names[i]) for i in np.flatnonzero(scores > 0) if names[i] not in itself]
         run[query] = {name: score for score, name in sorted(found, reverse=True)[:TOP_DOCUMENTS]}
     return run
 

@@ -70,12 +70,6 @@ def evaluate_run_per_query(
     return values
 
 
-def is_answer(query_id: str, document_id: str, qrels: Mapping[str, Mapping[str, int]]) -> bool:
-    """Whether a found document counts. On BEIR a document with the identifier of the query is the query itself, and is
-    left out; where the judgements name that very pair, it is an answer like any other."""
-    return document_id != query_id or document_id in qrels.get(query_id, {})
-
-
 def rank_documents(
     query_id: str, results: Mapping[str, float] | Sequence[tuple[str, float]]
 ) -> list[tuple[str, float]]:
