@@ -78,7 +78,7 @@ def locate_checkpoint(name_or_path: str | os.PathLike, revision: str | None = No
 def _download(repository: str, revision: str | None) -> Path:
     # "consolidated" files are a second copy of the weights in Mistral's own format.
     skipped = ["consolidated*", "original/*", "*.gguf"]
-    small = ["*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*"]
+    small = ["*.json", "*.jinja", "*.metadata", "*.model", "*.txt", "LICENSE*", "NOTICE*"]
     folder = Path(snapshot_download(repository, revision=revision, allow_patterns=small))
     for weights in ("*.safetensors", "*.bin"):
         # The snapshot folder is named after the commit: all files come from the same one.

@@ -26,9 +26,15 @@ if TYPE_CHECKING:
 # Metadata of an existing README.md that only its author can know.
 AUTHORED_FIELDS = ("license", "license_name", "license_link", "base_model", "language", "datasets")
 # (task type, name) of the Hub's model index, by what a family produces.
-TASKS = {"sparse": ("sparse-information-retrieval", "Sparse Information Retrieval")}
-TAGS = {"sparse": ("sparse-encoder", "sparse", "splade", "retrieval")}
-PIPELINES = {"sparse": "feature-extraction"}
+TASKS = {
+    "sparse": ("sparse-information-retrieval", "Sparse Information Retrieval"),
+    "multi-vector": ("information-retrieval", "Information Retrieval"),
+}
+TAGS = {
+    "sparse": ("sparse-encoder", "sparse", "splade", "retrieval"),
+    "multi-vector": ("multi-vector", "late-interaction", "ColBERT", "retrieval"),
+}
+PIPELINES = {"sparse": "feature-extraction", "multi-vector": "sentence-similarity"}
 
 
 def build_card(

@@ -13,6 +13,10 @@ from rarezoo.auto import Family as Family
 from rarezoo.auto import register as register
 
 if TYPE_CHECKING:
+    from rarezoo.colbert_xm import ColBERTXMConfig as ColBERTXMConfig
+    from rarezoo.colbert_xm import ColBERTXMForRetrieval as ColBERTXMForRetrieval
+    from rarezoo.colbert_xm import ColBERTXMModel as ColBERTXMModel
+    from rarezoo.colbert_xm import ColBERTXMProcessor as ColBERTXMProcessor
     from rarezoo.configs import list_presets as list_presets
     from rarezoo.configs import load_preset as load_preset
     from rarezoo.mistral_splade import MistralSpladeConfig as MistralSpladeConfig

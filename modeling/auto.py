@@ -86,6 +86,20 @@ FAMILIES: dict[str, Family] = {
             full_precision_modules=("lm_head",),
             paper="2408.11119",
         ),
+        Family(
+            name="colbert_xm",
+            title="ColBERT-XM",
+            summary="Text in 81 languages to one vector per token, for late interaction.",
+            representation="multi-vector",
+            config="ColBERTXMConfig",
+            base_model="ColBERTXMModel",
+            auto_classes={"AutoModel": "ColBERTXMForRetrieval"},
+            processor="ColBERTXMProcessor",
+            lora_target_modules=("query", "key", "value", "dense"),
+            backbone="roberta",
+            full_precision_modules=("linear",),
+            paper="2402.15059",
+        ),
     )
 }
 

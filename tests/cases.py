@@ -32,6 +32,8 @@ class Case:
             are the rows of the batch in order, so that the answers of single rows concatenate to that of the batch.
         make_processor: builds the family's processor.
         variants: further configuration fields under which attention must be right.
+        vocabulary_head: whether the heads give one number per vocabulary entry.
+        trained: whether a parameter of that name gets a gradient from `inputs`.
         suite_config: fields for transformers' own common tests, which expect its usual initialization.
         quantization_config: fields that give the widths which 4-bit layers need (multiples of 64).
         faulty_configs: configuration fields that must be refused, with a pattern of the message.
@@ -44,6 +46,8 @@ class Case:
     answers: dict[str, Callable[[Any, dict[str, torch.Tensor]], torch.Tensor]]
     make_processor: Callable[[], Any]
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    vocabulary_head: bool = True
+    trained: Callable[[str], bool] = lambda name: True
     suite_config: dict[str, Any] = field(default_factory=dict)
     quantization_config: dict[str, Any] = field(default_factory=dict)
     faulty_configs: tuple[tuple[dict[str, Any], str], ...] = ()
@@ -74,8 +78,8 @@ def auto(auto_class: str):
     return getattr(transformers, auto_class)
 
 
-def pad(rows: list[torch.Tensor], padding_side: str) -> torch.Tensor:
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side=padding_side)
+def pad(rows: list[torch.Tensor], padding_side: str, value: int = 0) -> torch.Tensor:
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value, padding_side=padding_side)
 
 
 def second_half_pooled(auto_class: str, rows: list[torch.Tensor], padding_side: str) -> dict[str, torch.Tensor]:
@@ -88,6 +92,23 @@ def second_half_pooled(auto_class: str, rows: list[torch.Tensor], padding_side: 
         halves = [(torch.arange(len(row)) >= len(row) // 2).long() for row in rows]
         inputs["pool_mask"] = pad(halves, padding_side)
     return inputs
+
+
+def several_languages(auto_class: str, rows: list[torch.Tensor], padding_side: str) -> dict[str, torch.Tensor]:
+    """Token ids, masks, and a language for every row, by its length; one id in three is not kept, as punctuation."""
+    return {
+        "input_ids": pad(rows, padding_side, 1),
+        "attention_mask": pad([torch.ones_like(row) for row in rows], padding_side),
+        "keep_mask": pad([(row % 3 != 0).long() for row in rows], padding_side),
+        "lang_ids": torch.tensor([len(row) // 3 for row in rows]),
+    }
+
+
+def colbert_xm_processor():
+    from rarezoo import ColBERTXMProcessor
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(FIXTURES / "colbert_xm" / "checkpoint")
+    return ColBERTXMProcessor(tokenizer, max_query_length=20, marker_mode="replace", mask_punctuation=False)
 
 
 def mistral_splade_processor():
@@ -150,10 +171,48 @@ CASES = {
                 (dict(excluded_token_ids=[3, 160]), r"excluded_token_ids must lie in 0\.\.159; found \[160\]"),
             ),
         ),
+        Case(
+            family="colbert_xm",
+            config=dict(
+                vocab_size=165,
+                hidden_size=32,
+                intermediate_size=37,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                max_position_embeddings=130,
+                hidden_dropout_prob=0.0,
+                attention_probs_dropout_prob=0.0,
+                languages=["sw_KE", "en_XX", "zh_TW", "fr_XX"],
+                default_language="en_XX",
+                dim=16,
+                initializer_range=0.2,
+            ),
+            heads={"AutoModel": "ColBERTXMForRetrieval"},
+            inputs=several_languages,
+            answers={"AutoModel": lambda outputs, inputs: outputs.embeddings[inputs["attention_mask"].bool()]},
+            make_processor=colbert_xm_processor,
+            variants={
+                "own_norm": dict(adapter_layer_norm=True),
+                "no_norm": dict(adapter_reuse_layer_norm=False),
+                "pre_norm": dict(pre_norm=True, ln_before_adapter=False),
+            },
+            vocabulary_head=False,
+            trained=lambda name: ".adapter_modules.zh_TW." not in name,
+            suite_config=dict(initializer_range=0.02),
+            quantization_config=dict(hidden_size=128, intermediate_size=128),
+            faulty_configs=(
+                (dict(dim="128"), "'dim' expected int, got str"),
+                (dict(dim=0), "dim must be at least 1; found 0"),
+                (dict(similarity="dot"), "similarity must be one of cosine, l2; found 'dot'"),
+                (dict(hidden_size=30), r"hidden_size \(30\) must be a multiple of num_attention_heads \(4\)"),
+                (dict(is_decoder=True), "is_decoder and add_cross_attention must be False"),
+            ),
+        ),
     )
 }
 
 HEADS = [(family, auto_class) for family, case in CASES.items() for auto_class in case.heads]
+VOCABULARY_HEADS = [(family, auto_class) for family, auto_class in HEADS if CASES[family].vocabulary_head]
 VARIANTS = [
     (family, auto_class, variant)
     for family, case in CASES.items()

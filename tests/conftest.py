@@ -46,6 +46,12 @@ def fixture_folder() -> Path:
 
 
 @pytest.fixture(scope="session")
+def colbert_fixtures() -> Path:
+    """The reference numbers of ColBERT-XM; its README tells what every file is."""
+    return Path(__file__).parent / "fixtures" / "colbert_xm"
+
+
+@pytest.fixture(scope="session")
 def inputs(fixture_folder) -> dict:
     """The fixture's texts, prompt, templates and limits."""
     return json.loads((fixture_folder / "inputs.json").read_text(encoding="utf-8"))

@@ -1,0 +1,70 @@
+"""The official layout: an X-MOD `config.json` with `artifact.metadata`, the dump of colbert-ai's `ColBERTConfig`."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import cached_file, logging
+
+logger = logging.get_logger(__name__)
+
+METADATA_NAME = "artifact.metadata"
+# colbert-ai 0.2.22, `infra/config/settings.py`: what a file that lacks a field means.
+DEFAULTS: dict[str, Any] = {
+    "query_token_id": "[unused0]",
+    "doc_token_id": "[unused1]",
+    "query_maxlen": 32,
+    "doc_maxlen": 220,
+    "dim": 128,
+    "similarity": "cosine",
+    "mask_punctuation": True,
+    "attend_to_mask_tokens": False,
+}
+_DOWNLOAD_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+def is_stanford_layout(config: Mapping[str, Any]) -> bool:
+    """Whether `config.json` is an official checkpoint's."""
+    return config.get("model_type") == "xmod" and "HF_ColBERT" in (config.get("architectures") or [])
+
+
+def read_metadata(source: str | Path, **kwargs: Any) -> dict[str, Any]:
+    """The fields of `DEFAULTS` from the `artifact.metadata` of a checkpoint folder or Hub repository.
+
+    A field that is missing or of the wrong kind (some public files hold a dict for a marker) has its default; a file
+    that is missing has all of them. Both are warned of.
+
+    Raises:
+        ValueError: the file is not JSON.
+    """
+    options = {name: kwargs[name] for name in _DOWNLOAD_OPTIONS if kwargs.get(name) is not None}
+    path = cached_file(
+        source, METADATA_NAME, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_gated_repo=False,
+        **options,
+    )  # fmt: skip
+    if path is None:
+        logger.warning(f"{source} has no {METADATA_NAME}: colbert-ai's default lengths, markers and masks are used")
+        return dict(DEFAULTS)
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    return {name: _usable(name, content.get(name, default), default, path) for name, default in DEFAULTS.items()}
+
+
+def _usable(name: str, value: Any, default: Any, path: str) -> Any:
+    fits = type(value) is type(default) and (not isinstance(value, int) or isinstance(value, bool) or value > 0)
+    if fits:
+        return value
+    logger.warning(f"{path}: {name} is {value!r}, which is no {type(default).__name__}; {default!r} is used")
+    return default
+
+
+def marker_mode_of(config: Mapping[str, Any]) -> str:
+    """How the code that saved an official checkpoint placed its marker: "replace" up to colbert-ai 0.2.20, "insert"
+    from 0.2.21 on (August 2024, stanford-futuredata/ColBERT pull request 362). No file records it; the transformers
+    version in `config.json` tells the time."""
+    version = re.match(r"(\d+)\.(\d+)", str(config.get("transformers_version", "")))
+    return "replace" if version and (int(version[1]), int(version[2])) < (4, 44) else "insert"

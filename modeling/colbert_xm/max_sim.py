@@ -1,0 +1,546 @@
+"""Late-interaction scores: for every query vector the best match among the document's vectors, summed over the query.
+
+`max_sim` scores queries against documents, `max_sim_pairs` every query against candidates of its own (for training).
+`rerank` gives the best documents for one query in the order of their exact scores, which it reaches by excluding most
+documents with cheap approximations of known error. `PackedDocuments` prepares documents that are reranked repeatedly.
+
+The score is that of ColBERT (arXiv 2004.12832, section 3.3). Maxima range over the document's own vectors only: unlike
+in `colbert-ai`'s packed kernel and in PyLate, no zero row and no initial 0 competes with negative similarities.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SIMILARITIES = ("cosine", "l2")
+
+# Vectors of documents that are compared at once: on a CPU, they and their similarities stay in the cache.
+_BLOCK_VECTORS = {"cpu": 6_144, "cuda": 262_144}
+_BLOCK_SIMILARITIES = {"cpu": 2**18, "cuda": 2**26}
+_QUERY_ROWS = 4_096
+_LENGTH_STEP = 4  # lengths of blocks are multiples of it: oneDNN compiles a kernel for every shape that it has not met
+
+_BFLOAT16_UNIT_ROUNDOFF = 2.0**-8
+_FLOAT32_UNIT_ROUNDOFF = 2.0**-24
+
+
+class Ranking(NamedTuple):
+    """The best documents of one query, best first; torch tensors or numpy arrays, as the query was.
+
+    positions: `(min(top_k, documents),)` int64, positions in the documents that were given.
+    scores: the same shape, float32.
+    """
+
+    positions: Any
+    scores: Any
+
+
+class PackedDocuments:
+    """The vectors of many documents in one tensor, prepared once for `rerank`; `max_sim` takes it too.
+
+    Holds float32 vectors and, on processors that multiply bfloat16 matrices quickly, a copy in bfloat16: 6 bytes per
+    component. Documents without vectors are allowed.
+
+    documents, lengths, mask: as `documents`, `document_lengths`, `document_mask` of `max_sim`; taken as float32.
+
+    Attributes: `vectors`, `(total vectors, dim)` float32; `lengths`, the number of vectors of every document;
+    `len(packed)`, the number of documents. Raises ValueError for NaN and infinite components.
+    """
+
+    def __init__(self, documents, *, lengths=None, mask=None):
+        with torch.no_grad():
+            items = _items(documents, lengths, mask, "document")
+            self.lengths = [len(item) for item in items]
+            self.vectors = torch.cat(items).float() if items else torch.empty(0, 0)
+            self._items = list(self.vectors.split(self.lengths))
+            self._rough: list[tuple[list[int], Tensor]] = []
+            self._norms = torch.zeros(len(items), device=self.vectors.device, dtype=torch.float64)
+            self._errors = torch.zeros_like(self._norms)
+            self._prepare()
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def _prepare(self) -> None:
+        keep_rough = _multiplies_bfloat16_quickly(self.vectors)
+        for positions, block in _blocks(self._items, _BLOCK_VECTORS["cpu"]):
+            self._norms[positions] = _largest_norms(block)
+            if keep_rough:
+                rough = block.bfloat16()
+                self._errors[positions] = _largest_norms(block - rough)  # the difference is exact (Sterbenz)
+                self._rough.append((positions, rough))
+        _refuse_non_finite(self._norms, "document")
+
+
+def max_sim(
+    queries,
+    documents,
+    *,
+    query_lengths=None,
+    query_mask=None,
+    document_lengths=None,
+    document_mask=None,
+    similarity: str = "cosine",
+):
+    """Scores of all queries against all documents: `(queries, documents)`, float32.
+
+    queries, documents: torch tensors or numpy arrays of floating-point vectors, in one of these forms:
+        a list of `(n_i, dim)`;
+        `(n, length, dim)`, padded, with a boolean mask `(n, length)`, True for the vectors that count, or with lengths
+        `(n,)`; without either all vectors count;
+        `(total, dim)`, packed, with lengths `(n,)`; without lengths it is one query or one document.
+        `documents` may also be `PackedDocuments`.
+    similarity: "cosine", the dot product (the model normalises its vectors), or "l2", the negated squared distance.
+
+    The result is a numpy array if both sides are, else a tensor on their device. Products are computed and summed in
+    float32 whatever the inputs' dtype is, except that float64 inputs give float64 scores. Gradients flow to both sides;
+    where several vectors of a document are equally good, to one of them. A document without vectors scores -inf.
+    Neither memory nor scores (beyond float32 rounding) depend on how long the other documents are: they are compared in
+    blocks of similar length, filled up with repeated vectors, which change no maximum.
+
+    Raises TypeError or ValueError for queries without vectors, NaN, and dims, dtypes, lengths or masks that do not fit.
+    """
+    as_numpy = _is_numpy(queries) and _is_numpy(documents, or_neutral=True)
+    query_items = _items(queries, query_lengths, query_mask, "query")
+    document_items = _items(documents, document_lengths, document_mask, "document")
+    _check_pair(query_items, document_items)
+    _check_similarity(similarity)
+    device_type = query_items[0].device.type if query_items else "cpu"
+    with torch.autocast(device_type, enabled=False):
+        scores = _all_scores(query_items, document_items, similarity)
+    if scores.isnan().any():
+        row, column = scores.isnan().nonzero()[0].tolist()
+        raise ValueError(f"the score of query {row} and document {column} is NaN: their vectors hold NaN or infinity")
+    return scores.detach().numpy() if as_numpy else scores
+
+
+def max_sim_pairs(queries, documents, *, query_mask=None, document_mask=None, similarity: str = "cosine") -> Tensor:
+    """Scores of every query against candidates of its own, for training: `(batch, candidates)`, float32.
+
+    queries: `(batch, query_length, dim)`; documents: `(batch, candidates, document_length, dim)`.
+    query_mask: `(batch, query_length)`, document_mask: `(batch, candidates, document_length)`, True for the vectors
+        that count; all count without it.
+    similarity, dtypes, gradients, documents without vectors: as in `max_sim`, but all similarities are held at once.
+    """
+    _check_similarity(similarity)
+    queries, documents = _as_tensor(queries, "query"), _as_tensor(documents, "document")
+    if queries.dim() != 3 or documents.dim() != 4 or len(queries) != len(documents):
+        shapes = f"{tuple(queries.shape)} and {tuple(documents.shape)}"
+        raise ValueError(f"expected (batch, length, dim) and (batch, candidates, length, dim), not {shapes}")
+    _check_dims(queries, documents)
+    dtype = _working_dtype([queries, documents])
+    with torch.autocast(queries.device.type, enabled=False):
+        similarities = _pair_similarities(queries.to(dtype), documents.to(dtype), similarity)
+    if document_mask is not None:
+        mask = _checked_mask(document_mask, documents.shape[:3], "document").to(documents.device)
+        similarities = similarities.masked_fill(~mask[..., None], -torch.inf)
+    best = similarities.max(2).values
+    if query_mask is not None:
+        mask = _checked_mask(query_mask, queries.shape[:2], "query").to(queries.device)
+        if not mask.any(1).all():
+            raise ValueError(f"query {int((~mask.any(1)).nonzero()[0])} has no vectors")
+        best = best.masked_fill(~mask[:, None, :], 0)
+    return best.sum(-1)
+
+
+def rerank(query, documents, top_k: int = 10, *, query_mask=None, document_lengths=None, document_mask=None) -> Ranking:
+    """The `top_k` best documents for one query, guaranteed, with their exact scores.
+
+    query: one query, `(query_length, dim)` or `(1, query_length, dim)`, `query_mask` as in `max_sim`.
+    documents, document_lengths, document_mask: as in `max_sim`; `PackedDocuments` where they serve several queries.
+    top_k: at least 1; all documents are returned where there are fewer.
+
+    The exact score is the MaxSim of the float32 vectors computed in float64, one document at a time, and rounded to
+    float32: it depends on nothing but the query and that document. Documents with equal scores stand in the order of
+    their positions, documents without vectors last, with -inf.
+
+    Most documents are excluded earlier, by a pass in bfloat16 (on processors that are fast at it) and one in float32,
+    each with an error bound (`_error_bounds`): what the bound cannot exclude goes on to the next pass, so that hard
+    cases cost time, never a wrong order.
+
+    Raises TypeError or ValueError as `max_sim`, and for top_k < 1.
+    """
+    _check_top_k(top_k)
+    as_numpy = _is_numpy(query) and _is_numpy(documents, or_neutral=True)
+    with torch.no_grad():
+        query_items = _items(query, None, query_mask, "query")
+        if len(query_items) != 1:
+            raise ValueError(f"rerank takes one query, (length, dim), but was given {len(query_items)}")
+        document_items = _items(documents, document_lengths, document_mask, "document")
+        _check_pair(query_items, document_items)
+        rows = query_items[0].float()
+        _refuse_non_finite(_norms(rows).max()[None], "query")
+        prepared = documents if isinstance(documents, PackedDocuments) else None
+        with torch.autocast(rows.device.type, enabled=False):
+            ranking = _Reranking(rows, document_items, prepared).best(top_k)
+    return Ranking(*(part.numpy() for part in ranking)) if as_numpy else ranking
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+def _all_scores(queries: list[Tensor], documents: list[Tensor], similarity: str) -> Tensor:
+    dtype = _working_dtype(queries + documents)
+    device = queries[0].device if queries else None
+    scores = torch.full((len(queries), len(documents)), -torch.inf, dtype=dtype, device=device)
+    if not queries:
+        return scores
+    groups = [torch.cat(group).to(dtype) for group in _grouped(queries, _QUERY_ROWS)]
+    lengths = [[len(query) for query in group] for group in _grouped(queries, _QUERY_ROWS)]
+    order, found = [], []
+    for positions, block in _blocks(documents, _block_vectors(groups)):
+        block = block.to(dtype)
+        best = [_best_similarities(group, block, similarity) for group in groups]
+        sums = [part.sum(-1) for part, sizes in zip(best, lengths) for part in part.split(sizes, dim=-1)]
+        found.append(torch.stack(sums))
+        order += positions
+    if not found:
+        return scores
+    return scores.index_copy(1, torch.tensor(order, device=device), torch.cat(found, dim=1))
+
+
+def _best_similarities(queries: Tensor, block: Tensor, similarity: str) -> Tensor:
+    """`(documents, query vectors)` from `(query vectors, dim)` and `(documents, length, dim)`."""
+    similarities = block.flatten(0, 1) @ queries.T
+    if similarity == "l2":
+        squares = block.flatten(0, 1).square().sum(-1)[:, None] + queries.square().sum(-1)
+        similarities = 2 * similarities - squares
+    similarities = similarities.view(len(block), -1, len(queries))
+    if not similarities.requires_grad:
+        return similarities.amax(1)
+    return similarities.max(1).values  # remembers positions, where amax would keep all similarities for its gradient
+
+
+def _pair_similarities(queries: Tensor, documents: Tensor, similarity: str) -> Tensor:
+    """`(batch, candidates, document_length, query_length)`"""
+    similarities = torch.einsum("bqd,bcld->bclq", queries, documents)
+    if similarity == "l2":
+        squares = documents.square().sum(-1)[..., None] + queries.square().sum(-1)[:, None, None, :]
+        similarities = 2 * similarities - squares
+    return similarities
+
+
+def _grouped(items: list[Tensor], rows: int) -> list[list[Tensor]]:
+    """The items in order, in groups of at most `rows` vectors or of one item."""
+    groups: list[list[Tensor]] = []
+    size = rows
+    for item in items:
+        if size + len(item) > rows:
+            groups.append([])
+            size = 0
+        groups[-1].append(item)
+        size += len(item)
+    return groups
+
+
+def _block_vectors(groups: list[Tensor]) -> int:
+    kind = "cpu" if groups[0].device.type == "cpu" else "cuda"
+    return min(_BLOCK_VECTORS[kind], _BLOCK_SIMILARITIES[kind] // max(len(group) for group in groups))
+
+
+def _blocks(
+    items: list[Tensor], vectors: int, positions: Sequence[int] | None = None
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Documents of similar length, as their positions and `(documents, length, dim)`, at most `vectors` of them or one
+    document. Shorter ones are filled up with their first vector, which changes no maximum; empty ones are left out."""
+    chosen = range(len(items)) if positions is None else positions
+    lengths = {position: items[position].shape[0] for position in chosen}
+    ordered = sorted((position for position in chosen if lengths[position]), key=lengths.__getitem__)
+    start = 0
+    while start < len(ordered):
+        end, longest = start + 1, _rounded_up(lengths[ordered[start]])
+        while end < len(ordered) and _rounded_up(lengths[ordered[end]]) * (end + 1 - start) <= vectors:
+            longest = _rounded_up(lengths[ordered[end]])
+            end += 1
+        yield ordered[start:end], _filled_up([items[position] for position in ordered[start:end]], longest)
+        start = end
+
+
+def _rounded_up(length: int) -> int:
+    return -(-length // _LENGTH_STEP) * _LENGTH_STEP
+
+
+def _filled_up(items: list[Tensor], length: int) -> Tensor:
+    parts = []
+    for item in items:
+        parts.append(item)
+        if item.shape[0] < length:
+            parts.append(item[:1].expand(length - item.shape[0], -1))
+    return torch.cat(parts).view(len(items), length, -1)
+
+
+# --- exact order ------------------------------------------------------------------------------------------------------
+
+
+class _Reranking:
+    """One query and its documents, with the exact scores known so far."""
+
+    def __init__(self, query: Tensor, documents: list[Tensor], prepared: PackedDocuments | None):
+        self.query, self.documents, self.prepared = query, documents, prepared
+        self.query_float64 = query.double()
+        self.known: dict[int, Tensor] = {}
+
+    def best(self, top_k: int) -> Ranking:
+        candidates = [position for position, document in enumerate(self.documents) if len(document)]
+        for dtype in (torch.bfloat16, torch.float32):
+            if len(candidates) > 2 * top_k and (dtype is torch.float32 or self._bfloat16_pays()):
+                candidates = self._narrowed(candidates, top_k, dtype)
+        scores = torch.full((len(self.documents),), -torch.inf, device=self.query.device)
+        scores[candidates] = self._exact(candidates)
+        best = scores.sort(descending=True, stable=True)
+        return Ranking(best.indices[:top_k], best.values[:top_k])
+
+    def _bfloat16_pays(self) -> bool:
+        return _multiplies_bfloat16_quickly(self.query)
+
+    def _narrowed(self, candidates: list[int], top_k: int, dtype: torch.dtype) -> list[int]:
+        """The candidates that may belong to the `top_k` best. `top_k` documents reach `floor`; a document that is
+        certainly below it is below all of them, whatever the order among equal scores."""
+        positions, scores, bounds = self._approximate(candidates, dtype)
+        floor = self._exact(positions[scores.topk(top_k).indices].tolist()).min()
+        excluded = scores + bounds < floor  # false for NaN, after an overflow
+        return sorted(positions[~excluded].tolist())
+
+    def _exact(self, positions: list[int]) -> Tensor:
+        for position in positions:
+            if position not in self.known:
+                # The copy in float64 lies at the start of its own allocation: the same alignment, and so the same
+                # order of additions, wherever the document lies in a packed tensor.
+                similarities = self.documents[position].float().double() @ self.query_float64.T
+                self.known[position] = similarities.amax(0).sum()
+        scores = torch.stack([self.known[position] for position in positions]) if positions else torch.empty(0)
+        if scores.isnan().any():
+            raise ValueError(f"document {positions[int(scores.isnan().nonzero()[0])]} holds NaN or infinity")
+        return scores.float()
+
+    def _approximate(self, candidates: list[int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Positions, scores computed with products of `dtype`, and bounds of their distance from the exact scores."""
+        query = self.query.to(dtype)
+        order, maxima, norms, errors = [], [], [], []
+        for positions, block, norm, error in self._approximate_blocks(candidates, dtype):
+            similarities = (block.flatten(0, 1) @ query.T).float()
+            maxima.append(similarities.view(len(block), -1, len(query)).amax(1))
+            order += positions
+            norms.append(norm)
+            errors.append(error)
+        best = torch.cat(maxima).double()
+        bounds = _error_bounds(self.query_float64, dtype, best, torch.cat(norms), torch.cat(errors))
+        return torch.tensor(order, device=best.device), best.sum(1), bounds
+
+    def _approximate_blocks(self, candidates: list[int], dtype: torch.dtype):
+        """Per block: positions, vectors of `dtype`, and per document the largest norm of a vector and the largest norm
+        of what the conversion to `dtype` took away."""
+        prepared = self.prepared
+        if prepared is not None and dtype is torch.bfloat16:
+            for positions, rough in prepared._rough:
+                yield positions, rough, prepared._norms[positions], prepared._errors[positions]
+            return
+        unit = _BFLOAT16_UNIT_ROUNDOFF if dtype is torch.bfloat16 else 0.0
+        for positions, block in _blocks(self.documents, _block_vectors([self.query]), candidates):
+            block = block.float()
+            norms = _largest_norms(block) if prepared is None else prepared._norms[positions]
+            _refuse_non_finite(norms, "document", positions)
+            yield positions, block.to(dtype), norms, unit * norms
+
+
+def _error_bounds(query: Tensor, dtype: torch.dtype, best: Tensor, norms: Tensor, errors: Tensor) -> Tensor:
+    """How far a score from products of `dtype` can be from the exact score: `(documents,)` float64.
+
+    query `(query vectors, dim)` float64; best `(documents, query vectors)`, the computed maxima; norms and errors
+    `(documents,)`: bounds of |d| and of |d - d'| over the document's vectors d, d' being d rounded to `dtype`.
+
+    Proof. For a query vector q, rounded to q', and a document vector d, rounded to d':
+        <q, d> - <q', d'> = <q - q', d> + <q', d - d'>, which Cauchy-Schwarz bounds by |q - q'| |d| + |q'| |d - d'|.
+    <q', d'> is computed in float32, in any order, every product rounded at most once and added: the error is at most
+    gamma |q'| |d'|, where gamma = n u / (1 - n u) for n = dim + 1 roundings of u = 2^-24. (dim + 8) 2^-23 is more than
+    twice that, enough for kernels whose additions truncate. Where float32 matrix products are allowed to round their
+    factors to bfloat16 or TF32, 2^-6 covers that. The result is at last rounded to `dtype`: by at most 2^-8 of itself
+    for bfloat16. Numbers below 2^-126 may have become 0 anywhere: `underflow`. If all computed similarities of a
+    document are within r of the exact ones, so is their maximum, and the errors of the query vectors add up. The exact
+    score's own rounding to float32, 2^-24 of at most |q| |d| per query vector, and the float64 roundings here are
+    within the slack of gamma.
+    """
+    dim = query.shape[1]
+    rounded = query.to(dtype).double()
+    gamma = (dim + 8) * 2 * _FLOAT32_UNIT_ROUNDOFF
+    if dtype is torch.float32 and not _float32_products_are_full():
+        gamma += 2.0**-6
+    output = _BFLOAT16_UNIT_ROUNDOFF if dtype is torch.bfloat16 else 0.0
+    underflow = 2.0**-126 * query.numel() * (1 + norms)
+    lost, kept = _norms(query - rounded).sum(), _norms(rounded).sum()
+    return lost * norms + kept * errors + gamma * kept * (norms + errors) + output * best.abs().sum(1) + underflow
+
+
+def _norms(vectors: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(vectors, dim=-1)
+
+
+def _largest_norms(block: Tensor) -> Tensor:
+    """Upper bounds of the norms in every document of a float32 block, in float64; they cover the rounding of the norms
+    and squares that became 0."""
+    dim = block.shape[2]
+    return _norms(block).amax(1).double() * (1 + (dim + 8) * _FLOAT32_UNIT_ROUNDOFF) + dim * 2.0**-62
+
+
+def _float32_products_are_full() -> bool:
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # the precision was set for single backends
+        return False
+
+
+def _multiplies_bfloat16_quickly(like: Tensor) -> bool:
+    return like.device.type == "cpu" and torch.backends.mkldnn.enabled and _processor_has_bfloat16_products()
+
+
+@lru_cache
+def _processor_has_bfloat16_products() -> bool:
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.cpu, "get_capabilities"):
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+# --- inputs -----------------------------------------------------------------------------------------------------------
+
+
+def _items(vectors, lengths, mask, name: str) -> list[Tensor]:
+    """The `(n_i, dim)` tensors of all queries or documents, whichever form they come in."""
+    if lengths is not None and mask is not None:
+        raise ValueError(f"give {name}_lengths or {name}_mask, not both")
+    if isinstance(vectors, (PackedDocuments, list, tuple)):
+        if lengths is not None or mask is not None:
+            raise ValueError(f"{name}_lengths and {name}_mask do not go with a list or PackedDocuments")
+        return vectors._items if isinstance(vectors, PackedDocuments) else _listed_items(vectors, name)
+    tensor = _as_tensor(vectors, name)
+    if tensor.dim() == 2:
+        return _packed_items(tensor, lengths, mask, name)
+    if tensor.dim() != 3:
+        expected = f"({name} vectors, dim) or (n, length, dim)"
+        raise ValueError(f"expected a {name} tensor of shape {expected}, not {tuple(tensor.shape)}")
+    return _padded_items(tensor, lengths, mask, name)
+
+
+def _listed_items(vectors, name: str) -> list[Tensor]:
+    items = [_as_tensor(item, name) for item in vectors]
+    for position, item in enumerate(items):
+        if item.dim() != 2 or item.shape[1] != items[0].shape[-1]:
+            expected = f"(n, {items[0].shape[-1]})" if items[0].dim() == 2 else "(n, dim)"
+            raise ValueError(f"{name} {position} has shape {tuple(item.shape)}, expected {expected}")
+        if item.device != items[0].device:
+            raise ValueError(f"{name} {position} is on {item.device}, {name} 0 on {items[0].device}")
+    return items
+
+
+def _packed_items(tensor: Tensor, lengths, mask, name: str) -> list[Tensor]:
+    if mask is not None:
+        tensor = tensor[_checked_mask(mask, tensor.shape[:1], name).to(tensor.device)]
+    if lengths is None:
+        return [tensor]
+    sizes = _checked_lengths(lengths, name)
+    if sum(sizes) != len(tensor):
+        raise ValueError(f"{name}_lengths add up to {sum(sizes)}, but there are {len(tensor)} vectors")
+    return list(tensor.split(sizes))
+
+
+def _padded_items(tensor: Tensor, lengths, mask, name: str) -> list[Tensor]:
+    count, longest = tensor.shape[:2]
+    if lengths is not None:
+        sizes = _checked_lengths(lengths, name)
+        if len(sizes) != count or max(sizes, default=0) > longest:
+            raise ValueError(f"expected {count} {name}_lengths, none above {longest}, not {sizes}")
+        return [item[:size] for item, size in zip(tensor.unbind(), sizes)]
+    if mask is None:
+        return list(tensor.unbind())
+    mask = _checked_mask(mask, tensor.shape[:2], name).to(tensor.device)
+    return list(tensor[mask].split(mask.sum(1).tolist()))
+
+
+def _as_tensor(vectors, name: str) -> Tensor:
+    if isinstance(vectors, np.ndarray):
+        if vectors.dtype not in (np.float16, np.float32, np.float64):
+            raise TypeError(f"{name} vectors must be floating-point numbers, not {vectors.dtype}")
+        return _from_numpy(np.ascontiguousarray(vectors))
+    if not isinstance(vectors, Tensor):
+        raise TypeError(f"{name} vectors must be torch tensors or numpy arrays, not {type(vectors).__name__}")
+    if vectors.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(f"{name} vectors must be floating-point numbers, not {vectors.dtype}")
+    return vectors
+
+
+def _from_numpy(array: np.ndarray) -> Tensor:
+    if array.flags.writeable:
+        return torch.from_numpy(array)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nothing here writes to it
+        return torch.from_numpy(array)
+
+
+def _is_numpy(vectors, or_neutral: bool = False) -> bool:
+    """Whether these are numpy arrays; PackedDocuments and empty lists, which are neither, count if `or_neutral`."""
+    if isinstance(vectors, (list, tuple)) and vectors:
+        return all(isinstance(item, np.ndarray) for item in vectors)
+    return isinstance(vectors, np.ndarray) or (or_neutral and isinstance(vectors, (PackedDocuments, list, tuple)))
+
+
+def _working_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def _checked_lengths(lengths, name: str) -> list[int]:
+    sizes = lengths.tolist() if isinstance(lengths, (Tensor, np.ndarray)) else list(lengths)
+    if not all(isinstance(size, (int, np.integer)) and not isinstance(size, bool) and size >= 0 for size in sizes):
+        raise ValueError(f"{name}_lengths must be a list of whole numbers, none negative, not {lengths}")
+    return [int(size) for size in sizes]
+
+
+def _checked_mask(mask, shape: torch.Size, name: str) -> Tensor:
+    mask = torch.as_tensor(mask)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name}_mask must be boolean, True for the vectors that count, not {mask.dtype}")
+    if mask.shape != shape:
+        raise ValueError(f"{name}_mask has shape {tuple(mask.shape)}, expected {tuple(shape)}")
+    return mask
+
+
+def _check_pair(queries: list[Tensor], documents: list[Tensor]) -> None:
+    for position, query in enumerate(queries):
+        if not len(query):
+            raise ValueError(f"query {position} has no vectors")
+    if queries and documents and any(len(document) for document in documents):
+        _check_dims(queries[0], documents[0])
+
+
+def _check_dims(queries: Tensor, documents: Tensor) -> None:
+    if queries.shape[-1] != documents.shape[-1]:
+        raise ValueError(f"query vectors have {queries.shape[-1]} dimensions, document vectors {documents.shape[-1]}")
+    if queries.device != documents.device:
+        raise ValueError(f"queries are on {queries.device}, documents on {documents.device}")
+
+
+def _check_similarity(similarity: str) -> None:
+    if similarity not in SIMILARITIES:
+        raise ValueError(f"similarity must be one of {', '.join(SIMILARITIES)}, not {similarity!r}")
+
+
+def _check_top_k(top_k: int) -> None:
+    if isinstance(top_k, bool) or not isinstance(top_k, (int, np.integer)):
+        raise TypeError(f"top_k must be a whole number, not {type(top_k).__name__}")
+    if top_k < 1:
+        raise ValueError(f"top_k must be at least 1, not {top_k}")
+
+
+def _refuse_non_finite(norms: Tensor, name: str, positions: Sequence[int] | None = None) -> None:
+    wrong = ~norms.isfinite()
+    if wrong.any():
+        first = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"{name} {positions[first] if positions else first} holds NaN, infinity or overflowing vectors"
+        )

@@ -1,0 +1,407 @@
+"""ColBERT-XM: text in, one unit vector per token out; relevance is MaxSim.
+
+The backbone is transformers' X-MOD, with its weight names, and with its language adapters applied without a loop over
+all languages. The head is colbert-ai's: a projection without bias, masked, L2-normalised (arXiv 2402.15059, formulas 1
+to 4).
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.functional import normalize
+from tqdm.auto import tqdm
+from transformers import XmodModel
+from transformers.models.xmod.modeling_xmod import XmodAdapter, XmodOutput, XmodPreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
+
+from .configuration_colbert_xm import ColBERTXMConfig
+from .max_sim import max_sim
+from .processing_colbert_xm import ColBERTXMProcessor
+
+Language = str | None | Sequence[str | None] | Callable[[str], str]
+
+
+@dataclass
+class ColBERTXMOutput(ModelOutput):
+    """
+    Args:
+        embeddings: (batch, length, dim) float32; unit vectors, zero where `mask` is False.
+        mask: (batch, length) bool, True where the vector belongs to the text.
+        hidden_states: tuple of (batch, length, hidden_size), when asked for.
+        attentions: tuple of (batch, heads, length, length), when asked for (eager attention).
+    """
+
+    embeddings: torch.FloatTensor | None = None
+    mask: torch.BoolTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+class LanguageAdapterOutput(XmodOutput):
+    """X-MOD's output block with the adapters of the languages at hand only.
+
+    The stock block selects the rows of every language in turn: 81 languages x 12 layers of empty tensors for one text.
+    """
+
+    def lang_adapter(self, lang_ids, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`lang_ids` is what `group_by_language` made of them."""
+        residual = hidden_states
+        if self.adapter_layer_norm is not None:
+            hidden_states = self.adapter_layer_norm(hidden_states)
+        elif self.adapter_reuse_layer_norm:
+            hidden_states = self.LayerNorm(hidden_states)
+        if self.ln_before_adapter:
+            residual = hidden_states
+        if isinstance(lang_ids, str):
+            adapted = self.adapter_modules[lang_ids](hidden_states)
+        else:
+            groups, restore_order = lang_ids
+            parts = [self.adapter_modules[language](hidden_states[rows]) for language, rows in groups]
+            adapted = torch.cat(parts)[restore_order]
+        return self.dropout(adapted) + residual
+
+
+@torch.compiler.disable
+def group_by_language(lang_ids: torch.Tensor, languages: Sequence[str]):
+    """The code of the one language of a batch; of several ((code, its rows), …) and the order that undoes the grouping.
+
+    Raises:
+        ValueError: an index is none of a language.
+    """
+    present = lang_ids.unique().tolist()
+    unknown = [index for index in present if not 0 <= index < len(languages)]
+    if unknown:
+        raise ValueError(f"lang_ids must lie in 0..{len(languages) - 1} ({', '.join(languages)}); found {unknown}")
+    if len(present) == 1:
+        return languages[present[0]]
+    groups = tuple((languages[index], (lang_ids == index).nonzero().squeeze(1)) for index in present)
+    return groups, torch.cat([rows for _, rows in groups]).argsort()
+
+
+class ColBERTXMPreTrainedModel(XmodPreTrainedModel):
+    config_class = ColBERTXMConfig
+    config: ColBERTXMConfig
+    _auto_class = "AutoModel"
+    # The pooler of official checkpoints, which ColBERT never reads, and adapters that the configuration leaves out.
+    _keys_to_ignore_on_load_unexpected = [r"(^|\.)pooler\.", r"\.adapter_modules\."]
+
+    def __init__(self, config: ColBERTXMConfig, *args, **kwargs):
+        # Fields that from_pretrained overrides are assigned one by one, without the checks across fields.
+        config.validate()
+        super().__init__(config, *args, **kwargs)
+
+    @property
+    def backbone(self) -> "ColBERTXMModel":
+        return getattr(self, self.base_model_prefix, self)
+
+    def language_ids(self, language: Language, texts: Sequence[str]) -> torch.Tensor:
+        """Adapter indices of texts, (texts,) int64 on the model's device.
+
+        Args:
+            language: of all texts, or one for each, as X-MOD codes, ISO codes or BCP-47 tags; None means
+                `config.default_language`; or a function that tells the language of a text.
+
+        Raises:
+            ValueError: no adapter for a language, or another number of languages than of texts.
+        """
+        if callable(language):
+            language = [language(text) for text in texts]
+        if language is None or isinstance(language, str):
+            language = [language] * len(texts)
+        if len(language) != len(texts):
+            raise ValueError(f"expected one language per text: {len(texts)} texts, {len(language)} languages")
+        known = {name: self.config.language_id(name) for name in set(language)}
+        return torch.tensor([known[name] for name in language], dtype=torch.long, device=self.device)
+
+    def set_default_language(self, language: str) -> None:
+        """Set the language of inputs that come without one: X-MOD code, ISO code or BCP-47 tag."""
+        self.config.default_language = self.config.languages[self.config.language_id(language)]
+
+    def add_language(self, code: str, init_from: str | None = None) -> None:
+        """Add the adapter of a new language, to be trained while all else is frozen (`train_language`).
+
+        Args:
+            code: its name from now on, such as "eu_ES"; it gets the next index.
+            init_from: a language whose adapter is copied; None initialises at random.
+
+        Raises:
+            ValueError: there is such an adapter already, or none to copy.
+        """
+        if not isinstance(code, str) or not code or "." in code:
+            raise ValueError(f"a language code must be a name such as 'eu_ES'; found {code!r}")
+        if code in self.config.languages:
+            raise ValueError(f"there is an adapter for {code!r} already")
+        source = None if init_from is None else self.config.languages[self.config.language_id(init_from)]
+        for layer in self.backbone.encoder.layer:
+            adapters = layer.output.adapter_modules
+            if source is not None:
+                adapters[code] = deepcopy(adapters[source])
+                continue
+            neighbour = layer.output.dense.weight
+            adapters[code] = XmodAdapter(self.config).to(neighbour.device, neighbour.dtype).train(self.training)
+            adapters[code].apply(self._init_weights)
+        self.config.languages = [*self.config.languages, code]
+
+
+class ColBERTXMModel(ColBERTXMPreTrainedModel, XmodModel):
+    """The backbone: X-MOD without its pooler."""
+
+    def __init__(self, config: ColBERTXMConfig):
+        super().__init__(config, add_pooling_layer=False)
+        for layer in self.encoder.layer:
+            # The stock encoder builds its layers itself. Same fields, same weights, another dispatch.
+            layer.output.__class__ = LanguageAdapterOutput
+
+    def forward(self, input_ids=None, lang_ids=None, **kwargs):
+        """
+        Args:
+            input_ids: (batch, length).
+            lang_ids: (batch,) int64, indices in `config.languages`; None means `config.default_language`.
+            attention_mask: (batch, length), padding on either side.
+
+        Returns:
+            transformers' `BaseModelOutputWithPoolingAndCrossAttentions`: `last_hidden_state` (batch, length,
+            hidden_size).
+        """
+        inputs = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
+        if lang_ids is None:
+            languages = self.config.default_language
+        else:
+            lang_ids = torch.as_tensor(lang_ids, device=self.device)
+            if inputs is not None and lang_ids.shape != inputs.shape[:1]:
+                raise ValueError(
+                    f"expected lang_ids of shape (batch,) = ({inputs.shape[0]},); found {tuple(lang_ids.shape)}"
+                )
+            languages = group_by_language(lang_ids, self.config.languages)
+        return super().forward(input_ids=input_ids, lang_ids=languages, **kwargs)
+
+
+class ColBERTXMForRetrieval(ColBERTXMPreTrainedModel):
+    """Late-interaction retriever: a projected unit vector for every kept token."""
+
+    def __init__(self, config: ColBERTXMConfig):
+        super().__init__(config)
+        self.roberta = ColBERTXMModel(config)
+        self.linear = nn.Linear(config.hidden_size, config.dim, bias=False)
+        self._processor: ColBERTXMProcessor | None = None
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        keep_mask: torch.Tensor | None = None,
+        lang_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ColBERTXMOutput:
+        """
+        Args:
+            input_ids, attention_mask: (batch, length); padding on either side.
+            keep_mask: (batch, length), 1 where the vector counts, as the processor returns it. Without it all ids but
+                padding count, which is right for queries.
+            lang_ids: (batch,) int64, indices in `config.languages` (`language_ids` gives them); None means
+                `config.default_language`.
+
+        Returns:
+            `ColBERTXMOutput` with `embeddings` (batch, length, dim) float32 and `mask` (batch, length).
+        """
+        outputs = self.roberta(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            lang_ids=lang_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        mask = self._resolve_keep_mask(keep_mask, input_ids, attention_mask, hidden_states)
+        # Normalised in float32: in bfloat16 the vectors would miss unit length by up to 1 %.
+        projected = self.linear(hidden_states.to(self.linear.weight.dtype)).float() * mask[..., None]
+        return ColBERTXMOutput(
+            embeddings=normalize(projected, dim=-1),
+            mask=mask,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _resolve_keep_mask(self, keep_mask, input_ids, attention_mask, hidden_states) -> torch.Tensor:
+        if keep_mask is None:
+            if input_ids is not None:
+                keep_mask = input_ids != self.config.pad_token_id
+            elif attention_mask is not None:
+                keep_mask = attention_mask
+            else:
+                keep_mask = hidden_states.new_ones(hidden_states.shape[:2])
+        keep_mask = keep_mask.to(hidden_states.device) != 0
+        if keep_mask.shape != hidden_states.shape[:2]:
+            raise ValueError(
+                f"expected a keep_mask of shape (batch, length) = {tuple(hidden_states.shape[:2])}; "
+                f"found {tuple(keep_mask.shape)}"
+            )
+        return keep_mask
+
+    def encode_queries(
+        self,
+        texts: str | Sequence[str],
+        processor: ColBERTXMProcessor | None = None,
+        *,
+        language: Language = None,
+        full_length: bool = False,
+        batch_size: int = 32,
+        show_progress_bar: bool = False,
+    ) -> list[torch.Tensor]:
+        """Token vectors of queries.
+
+        Args:
+            texts: one text or several.
+            processor: defaults to the one stored beside the checkpoint.
+            language: of all texts or one for each: X-MOD code, ISO code or BCP-47 tag; None means
+                `config.default_language`; or a function from text to language.
+            full_length: do not cut queries at the processor's `max_query_length`.
+            batch_size: texts per forward pass; texts of one language and of similar length share a batch.
+            show_progress_bar: show one.
+
+        Returns:
+            Per text (max_query_length, dim) float32 on the CPU, unit vectors, in the order of `texts`.
+        """
+        processor = self._usable_processor(processor)
+
+        def process(batch):
+            return processor.process_queries(batch, full_length=full_length)
+
+        # A longer query would lengthen the others of its batch by `<mask>`s, which count.
+        batch_size = 1 if full_length else batch_size
+        return self._encode_texts("query", texts, process, language, batch_size, show_progress_bar)
+
+    def encode_documents(
+        self,
+        texts: str | Sequence[str],
+        processor: ColBERTXMProcessor | None = None,
+        *,
+        language: Language = None,
+        batch_size: int = 32,
+        show_progress_bar: bool = False,
+    ) -> list[torch.Tensor]:
+        """Token vectors of documents; arguments as `encode_queries`.
+
+        Returns:
+            Per text (kept tokens, dim) float32 on the CPU: without padding and punctuation.
+        """
+        process = self._usable_processor(processor).process_documents
+        return self._encode_texts("document", texts, process, language, batch_size, show_progress_bar)
+
+    @torch.no_grad()
+    def _encode_texts(self, kind, texts, process, language, batch_size, show_progress_bar) -> list[torch.Tensor]:
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size must be a whole number of at least 1; found {batch_size!r}")
+        if not isinstance(texts, Iterable):
+            raise TypeError(f"expected a text or several; found {type(texts).__name__}")
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        lang_ids = self.language_ids(language, texts)
+        lengths = [len(text) if isinstance(text, str) else 0 for text in texts]
+        vectors: list[torch.Tensor] = [torch.empty(0, self.config.dim)] * len(texts)
+        was_training = self.training
+        self.eval()
+        title = f"Encoding {kind} texts"
+        # Inside another bar, it vanishes when it is done.
+        bar = tqdm(total=len(texts), desc=title, unit="text", leave=None, disable=not show_progress_bar)
+        try:
+            for batch in _batches(lang_ids.tolist(), lengths, batch_size):
+                inputs = process([texts[i] for i in batch])
+                self._check_length(inputs["input_ids"].shape[1])
+                output = self(**inputs.to(self.device), lang_ids=lang_ids[batch])
+                self._check_finite(output.embeddings, [texts[i] for i in batch])
+                for i, embedding, kept in zip(batch, output.embeddings, output.mask):
+                    vectors[i] = embedding[kept].cpu()
+                bar.update(len(batch))
+        finally:
+            bar.close()
+            self.train(was_training)
+        return vectors
+
+    def _usable_processor(self, processor: ColBERTXMProcessor | None) -> ColBERTXMProcessor:
+        if processor is None:
+            if self._processor is None:
+                self._processor = _stored_processor(self.config)
+            processor = self._processor
+        return self.check_processor(processor)
+
+    def check_processor(self, processor: ColBERTXMProcessor) -> ColBERTXMProcessor:
+        """The processor, if it belongs to this model.
+
+        Raises:
+            TypeError: it is something else, such as a tokenizer.
+            ValueError: another vocabulary, or documents longer than the model's positions.
+        """
+        if not hasattr(processor, "process_queries"):
+            raise TypeError(f"expected a ColBERTXMProcessor; found {type(processor).__name__}")
+        if len(processor.tokenizer) > self.config.vocab_size:
+            raise ValueError(
+                f"the processor's tokenizer has {len(processor.tokenizer)} tokens, but the model's vocab_size is "
+                f"{self.config.vocab_size}; they do not belong together"
+            )
+        return processor
+
+    def _check_length(self, length: int) -> None:
+        # Positions begin behind that of padding.
+        limit = self.config.max_position_embeddings - (self.config.pad_token_id or 0) - 1
+        if length > limit:
+            raise ValueError(
+                f"the input has {length} tokens, but the model takes {limit}; lower the processor's max_query_length "
+                "or max_document_length"
+            )
+
+    def _check_finite(self, embeddings: torch.Tensor, texts: Sequence[str]) -> None:
+        broken = (~embeddings.isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist()
+        if broken:
+            raise ValueError(
+                f"the model gives vectors that are not finite, for example for {texts[broken[0]][:80]!r}: its own "
+                f"weights are damaged, or too large for {self.dtype}"
+            )
+
+    def score(self, queries, documents, **masks) -> torch.Tensor:
+        """MaxSim of all queries with all documents, by `config.similarity`; see `max_sim` for the forms of inputs.
+
+        Args:
+            queries, documents: as `encode_queries` and `encode_documents` give them, or padded with masks.
+
+        Returns:
+            (queries, documents) float32.
+        """
+        return max_sim(queries, documents, similarity=self.config.similarity, **masks)
+
+
+def _batches(lang_ids: Sequence[int], lengths: Sequence[int], batch_size: int) -> Iterable[list[int]]:
+    """Texts of one language and similar length: no adapter waits for another, little is computed on padding."""
+    order = sorted(range(len(lengths)), key=lambda i: (lang_ids[i], lengths[i]))
+    batch: list[int] = []
+    for i in order:
+        if batch and (len(batch) == batch_size or lang_ids[batch[0]] != lang_ids[i]):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def _stored_processor(config: ColBERTXMConfig) -> ColBERTXMProcessor:
+    source = config._name_or_path
+    if not source:
+        raise ValueError("this model was not loaded from a checkpoint: pass processor=ColBERTXMProcessor(...)")
+    # Where this module itself was loaded from a checkpoint, its user has agreed to run the checkpoint's code.
+    trusted = __name__.startswith("transformers_modules.")
+    revision = getattr(config, "_commit_hash", None)
+    try:
+        return ColBERTXMProcessor.from_pretrained(source, revision=revision, trust_remote_code=trusted)
+    except (OSError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"no processor could be loaded from {source}, where the model comes from; expected processor_config.json "
+            "and a tokenizer beside the weights, or the argument processor=ColBERTXMProcessor(...)"
+        ) from error

@@ -1,0 +1,185 @@
+"""ColBERT-XM against colbert-ai's numbers: ids and masks exact, the rest at the fixture's tolerances."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from rarezoo import ColBERTXMForRetrieval, ColBERTXMProcessor
+
+LANGUAGES = ("en", "fr", "sw", "ja")
+TOLERANCE = {"hidden": 2e-5, "embeddings": 1e-5, "scores": 1e-4}
+
+
+@pytest.fixture(scope="module")
+def folder(colbert_fixtures):
+    return colbert_fixtures / "checkpoint"
+
+
+@pytest.fixture(scope="module")
+def expected(colbert_fixtures):
+    return load_file(colbert_fixtures / "expected.safetensors")
+
+
+@pytest.fixture(scope="module")
+def given(colbert_fixtures):
+    return json.loads((colbert_fixtures / "expected.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    """The official folder, opened without a conversion."""
+    return ColBERTXMForRetrieval.from_pretrained(folder).eval()
+
+
+@pytest.fixture(params=["insert", "replace"])
+def processor(request, folder):
+    return ColBERTXMProcessor.from_pretrained(folder, marker_mode=request.param)
+
+
+def close(found, wanted, kind):
+    torch.testing.assert_close(found, wanted, atol=TOLERANCE[kind], rtol=0)
+
+
+def prefix(language, processor):
+    return f"{language}." if processor.marker_mode == "insert" else f"{language}.legacy."
+
+
+def test_official_settings_are_read(folder, given):
+    processor = ColBERTXMProcessor.from_pretrained(folder)
+    assert (processor.max_query_length, processor.max_document_length, processor.marker_mode) == (16, 40, "insert")
+    assert processor.attend_to_mask_tokens and processor.mask_punctuation
+    assert processor.skiplist_ids == given["skiplist_ids"]
+    assert len(processor.tokenizer) == given["vocab_size"]
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_ids_and_masks(language, processor, expected, given):
+    group, texts = prefix(language, processor), given["data"][language]
+    queries, documents = processor.process_queries(texts["queries"]), processor.process_documents(texts["documents"])
+    for inputs, name in ((queries, "query"), (documents, "doc")):
+        assert torch.equal(inputs["input_ids"], expected[f"{group}{name}_input_ids"].long())
+        assert torch.equal(inputs["attention_mask"], expected[f"{group}{name}_attention_mask"].long())
+        assert (inputs["input_ids"][:, 1] == given["special_ids"]["unk"]).all(), "both markers are <unk>"
+    assert queries["keep_mask"].all()
+    assert torch.equal(documents["keep_mask"], expected[f"{group}D_mask"].long())
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@torch.no_grad()
+def test_vectors(language, model, processor, expected, given):
+    group, texts = prefix(language, processor), given["data"][language]
+    for inputs, name in (
+        (processor.process_queries(texts["queries"]), "Q"),
+        (processor.process_documents(texts["documents"]), "D"),
+    ):
+        output = model(**inputs, lang_ids=model.language_ids(texts["adapter"], inputs["input_ids"]))
+        close(output.embeddings, expected[group + name], "embeddings")
+        assert torch.equal(output.mask, inputs["keep_mask"].bool())
+        norms = output.embeddings.norm(dim=-1)
+        assert torch.equal(norms > 0.5, output.mask) and (norms[output.mask] - 1).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@torch.no_grad()
+def test_hidden_states(language, model, folder, expected, given):
+    processor = ColBERTXMProcessor.from_pretrained(folder)
+    texts = given["data"][language]
+    for inputs, name in (
+        (processor.process_queries(texts["queries"]), "query"),
+        (processor.process_documents(texts["documents"]), "doc"),
+    ):
+        del inputs["keep_mask"]
+        lang_ids = model.language_ids(language, inputs["input_ids"])
+        found = model.roberta(**inputs, lang_ids=lang_ids).last_hidden_state
+        wanted, attended = expected[f"{language}.{name}_last_hidden_state"], inputs["attention_mask"].bool()
+        close(found[attended], wanted[attended], "hidden")
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_encoding_and_scores(language, model, processor, expected, given):
+    group, texts = prefix(language, processor), given["data"][language]
+    queries = model.encode_queries(texts["queries"], processor, language=language)
+    documents = model.encode_documents(texts["documents"], processor, language=language, batch_size=2)
+    close(torch.stack(queries), expected[f"{group}Q"], "embeddings")
+    if processor.marker_mode == "insert":
+        assert [len(vectors) for vectors in documents] == expected[f"{language}.doc_lengths"].tolist()
+        close(torch.cat(documents), expected[f"{language}.doc_flat"], "embeddings")
+    close(model.score(queries, documents), expected[f"{group}scores"], "scores")
+
+
+@torch.no_grad()
+def test_queries_that_do_not_attend_to_their_masks(model, folder, expected, given):
+    """All 32 vectors count all the same."""
+    processor = ColBERTXMProcessor.from_pretrained(folder, attend_to_mask_tokens=False)
+    texts = given["data"]["en"]["queries"]
+    inputs = processor.process_queries(texts)
+    assert torch.equal(inputs["attention_mask"], expected["other_attend.query_attention_mask"].long())
+    close(torch.stack(model.encode_queries(texts, processor)), expected["other_attend.Q"], "embeddings")
+
+
+def test_full_length_query(model, folder, expected, given):
+    processor = ColBERTXMProcessor.from_pretrained(folder)
+    query = given["full_length"]["query"]
+    inputs = processor.process_queries([query], full_length=True)
+    assert torch.equal(inputs["input_ids"], expected["full_length.query_input_ids"].long())
+    assert torch.equal(inputs["attention_mask"], expected["full_length.query_attention_mask"].long())
+    (found,) = model.encode_queries([query], processor, full_length=True)
+    close(found, expected["full_length.Q"][0], "embeddings")
+
+
+@torch.no_grad()
+def test_a_batch_of_three_languages(model, folder, expected, given):
+    processor = ColBERTXMProcessor.from_pretrained(folder)
+    texts, languages = given["mixed"]["documents"], given["mixed"]["langs"]
+    inputs = processor.process_documents(texts)
+    assert torch.equal(inputs["input_ids"], expected["mixed.input_ids"].long())
+    lang_ids = model.language_ids(languages, texts)
+    assert torch.equal(lang_ids, expected["mixed.lang_ids"].long())
+    close(model(**inputs, lang_ids=lang_ids).embeddings, expected["mixed.D"], "embeddings")
+    del inputs["keep_mask"]
+    attended = inputs["attention_mask"].bool()
+    found = model.roberta(**inputs, lang_ids=lang_ids).last_hidden_state
+    close(found[attended], expected["mixed.last_hidden_state"][attended], "hidden")
+
+
+def test_full_width_digits_survive_saving(folder, tmp_path):
+    """transformers 5 rebuilds the tokenizer; XLM-R's NFKC table has to stay."""
+    processor = ColBERTXMProcessor.from_pretrained(folder)
+    processor.save_pretrained(tmp_path)
+    for opened in (processor, ColBERTXMProcessor.from_pretrained(tmp_path)):
+        found = opened.process_documents(["高さは３７７６メートル", "高さは3776メートル"])["input_ids"]
+        assert torch.equal(found[0], found[1])
+
+
+def test_metadata_with_gaps_and_garbage(folder, tmp_path, caplog):
+    """Some public files lack fields or hold a dict for a marker: colbert-ai's defaults, and a warning."""
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    content = json.loads((copy / "artifact.metadata").read_text())
+    content |= {"query_token_id": {"a": 1}, "doc_maxlen": "long"}
+    del content["attend_to_mask_tokens"], content["query_maxlen"]
+    (copy / "artifact.metadata").write_text(json.dumps(content))
+    processor = ColBERTXMProcessor.from_pretrained(copy)
+    assert (processor.query_marker, processor.max_document_length) == ("[unused0]", 220)
+    assert (processor.attend_to_mask_tokens, processor.max_query_length) == (False, 32)
+    (copy / "artifact.metadata").unlink()
+    assert ColBERTXMProcessor.from_pretrained(copy).max_query_length == 32
+    (copy / "artifact.metadata").write_text("{")
+    with pytest.raises(ValueError, match=r"artifact\.metadata is not JSON"):
+        ColBERTXMProcessor.from_pretrained(copy)
+
+
+@pytest.mark.parametrize(("version", "mode"), [("4.38.0", "replace"), ("4.48.3", "insert"), ("5.0.0", "insert")])
+def test_marker_mode_by_the_age_of_the_checkpoint(folder, tmp_path, version, mode):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "transformers_version": version}))
+    assert ColBERTXMProcessor.from_pretrained(copy).marker_mode == mode
+
+
+def test_the_tokenizer_is_not_extended(folder):
+    processor = ColBERTXMProcessor.from_pretrained(folder)
+    assert len(processor.tokenizer) == len(AutoTokenizer.from_pretrained(folder))
