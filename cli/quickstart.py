@@ -246,11 +246,11 @@ class _Tour:
         from rarezoo.quantization import EvaluationSet, quantize
 
         _title("6. Quantize the layers, the rest in bfloat16")
-        sample = self.pairs[: len(self.held_out) * 2]
+        queries, documents = self.held_out[:200], self.pairs[: len(self.held_out) * 2]
         evaluation = EvaluationSet(
-            queries={pair.name: pair.query for pair in self.held_out[:100]},
-            documents={pair.name: pair.document for pair in sample},
-            qrels=self.qrels,
+            queries={pair.name: pair.query for pair in queries},
+            documents={pair.name: pair.document for pair in documents},
+            qrels={pair.name: self.qrels[pair.name] for pair in queries},
         )
         self.figures["quantized"] = {}
         typer.echo(

@@ -18,19 +18,11 @@ import numpy as np
 import scipy.sparse
 from tqdm.auto import tqdm
 
-from rarezoo.retrieval import storage
+from rarezoo.auto import FAMILIES
+from rarezoo.retrieval import multi_vector_embeddings, sparse_embeddings, storage
 from rarezoo.retrieval.fingerprint import model_fingerprint, processor_fingerprint, vocabulary_fingerprint
-from rarezoo.retrieval.sparse_embeddings import (
-    MANIFEST_NAME,
-    SeenIds,
-    SparseEmbeddings,
-    canonical_rows,
-    list_shards,
-    read_manifest,
-    shard_name,
-    write_manifest,
-    write_shard,
-)
+from rarezoo.retrieval.multi_vector_embeddings import MultiVectorEmbeddings
+from rarezoo.retrieval.sparse_embeddings import MANIFEST_NAME, SeenIds, SparseEmbeddings, list_shards, shard_name
 
 # Jobs begun by rarezoo's first version do not know them, and may be resumed.
 _LATER_SETTINGS = ("vocabulary", "dtype")
@@ -81,7 +73,8 @@ def encode_corpus(
     batch_size: int = 32,
     shard_size: int = 2048,
     top_k: int | None = None,
-) -> SparseEmbeddings:
+    language: str | Callable[[str], str] | None = None,
+) -> SparseEmbeddings | MultiVectorEmbeddings:
     """Encode a corpus into a folder of shards; called again after an interruption, it goes on where it stopped.
 
     Under `accelerate launch` every process calls this with the same arguments and its own iterator over the same
@@ -89,14 +82,16 @@ def encode_corpus(
     reaches over the end of a shard, and at most one shard of texts is held in memory.
 
     Args:
-        model: a sparse retriever: `encode_documents` and `encode_queries` return CSR (n, vocab_size).
+        model: a retriever: its `encode_documents` and `encode_queries` return CSR (n, vocab_size), or for a family of
+            multi-vectors (length, dim) per text.
         processor: the model's.
         documents: objects with `id` and `text`, for instance `read_corpus(path)`; read once, in order.
         folder: new, empty, or holding the same job.
         kind: "document" or "query".
         batch_size: texts per forward pass; may change when a job is resumed.
         shard_size: texts per file. An interruption loses at most one shard per process.
-        top_k: weights kept per text; by default the model's own `top_k_document` or `top_k_query`.
+        top_k: weights kept per text; by default the model's own `top_k_document` or `top_k_query`. Of sparse vectors.
+        language: of the texts, or a function that tells it; by default the model's own. Of multi-vectors.
 
     Returns:
         The embeddings, memory-mapped.
@@ -107,7 +102,8 @@ def encode_corpus(
         FileExistsError: the folder holds something else.
         CannotWriteError: full disk or read-only folder; finished shards stay and the job can be resumed.
     """
-    job = _Job(model, processor, Path(folder), kind, batch_size, shard_size, top_k)
+    vectors = make_vectors(model, processor, kind, top_k, language)
+    job = _Job(vectors, model, processor, Path(folder), kind, batch_size, shard_size)
     processes = _processes()
     if processes.rank == 0:
         job.start()
@@ -118,33 +114,105 @@ def encode_corpus(
     if processes.rank == 0:
         job.finish(count)
     processes.wait_for_everyone()
-    return SparseEmbeddings.open(folder)
+    return vectors.open(folder)
+
+
+class _SparseVectors:
+    """What a job does with sparse vectors.
+
+    Attributes:
+        settings: those by which their files differ.
+    """
+
+    open = staticmethod(SparseEmbeddings.open)
+    read_manifest = staticmethod(sparse_embeddings.read_manifest)
+
+    def __init__(self, model: Any, processor: Any, kind: str, top_k: int | None):
+        self._encode = model.encode_documents if kind == "document" else model.encode_queries
+        self._processor = processor
+        self._top_k = top_k if top_k is not None else getattr(model.config, f"top_k_{kind}")
+        self._vocab_size = model.config.vocab_size
+        self.settings = {"vocabulary": vocabulary_fingerprint(processor.tokenizer), "top_k": self._top_k}
+
+    def encode(self, texts: list[str], batch_size: int) -> scipy.sparse.csr_matrix:
+        return self._encode(texts, self._processor, batch_size=batch_size, top_k=self._top_k)
+
+    def write_shard(self, path: Path, ids: list[str], blocks: list, places: np.ndarray, source: str) -> None:
+        """`places[i]` is where text i lies in the concatenated blocks."""
+        rows = sparse_embeddings.canonical_rows(scipy.sparse.vstack(blocks, format="csr")[places], ids)
+        sparse_embeddings.write_shard(path, ids, rows, source)
+
+    def write_manifest(self, folder: Path, num_shards: int, complete: bool, **settings: Any) -> None:
+        sparse_embeddings.write_manifest(folder, num_shards, self._vocab_size, complete=complete, **settings)
+
+
+class _MultiVectors:
+    """What a job does with several vectors per text; as `_SparseVectors`."""
+
+    open = staticmethod(MultiVectorEmbeddings.open)
+    read_manifest = staticmethod(multi_vector_embeddings.read_manifest)
+
+    def __init__(self, model: Any, processor: Any, kind: str, language: str | Callable[[str], str] | None):
+        self._encode = model.encode_documents if kind == "document" else model.encode_queries
+        self._processor = processor
+        self._language = language
+        self._dim = model.config.dim
+        name = getattr(language, "__qualname__", language)
+        if name is None or isinstance(language, str):
+            name = model.config.languages[model.config.language_id(language)]
+        self.settings = {"language": name}
+
+    def encode(self, texts: list[str], batch_size: int) -> list[np.ndarray]:
+        found = self._encode(texts, self._processor, batch_size=batch_size, language=self._language)
+        return [vectors.numpy() for vectors in found]
+
+    def write_shard(self, path: Path, ids: list[str], blocks: list, places: np.ndarray, source: str) -> None:
+        texts = [vectors for block in blocks for vectors in block]
+        arranged = [texts[place] for place in places]
+        lengths = np.array([len(vectors) for vectors in arranged], dtype=np.int32)
+        rows, lengths = multi_vector_embeddings.canonical_vectors(np.concatenate(arranged), lengths, ids)
+        multi_vector_embeddings.write_shard(path, ids, rows, lengths, source)
+
+    def write_manifest(self, folder: Path, num_shards: int, complete: bool, **settings: Any) -> None:
+        multi_vector_embeddings.write_manifest(folder, num_shards, self._dim, "float32", complete=complete, **settings)
+
+
+def make_vectors(
+    model: Any, processor: Any, kind: str, top_k: int | None, language: str | Callable[[str], str] | None
+) -> _SparseVectors | _MultiVectors:
+    """By what the model's family produces."""
+    if kind not in ("document", "query"):
+        raise ValueError(f"kind must be 'document' or 'query'; found {kind!r}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1; found {top_k}")
+    family = FAMILIES.get(getattr(model.config, "model_type", ""))
+    if family is None or family.representation == "sparse":
+        if language is not None:
+            raise ValueError(f"language: {type(model).__name__} reads all languages alike, leave it out")
+        return _SparseVectors(model, processor, kind, top_k)
+    if top_k is not None:
+        raise ValueError(f"top_k: the vectors of {type(model).__name__} are not sparse, leave it out")
+    return _MultiVectors(model, processor, kind, language)
 
 
 class _Job:
-    def __init__(self, model, processor, folder: Path, kind: str, batch_size: int, shard_size: int, top_k: int | None):
-        if kind not in ("document", "query"):
-            raise ValueError(f"kind must be 'document' or 'query'; found {kind!r}")
-        for name, value in (("batch_size", batch_size), ("shard_size", shard_size), ("top_k", top_k)):
-            if value is not None and value < 1:
+    def __init__(self, vectors, model, processor, folder: Path, kind: str, batch_size: int, shard_size: int):
+        for name, value in (("batch_size", batch_size), ("shard_size", shard_size)):
+            if value < 1:
                 raise ValueError(f"{name} must be at least 1; found {value}")
-        self.encode = model.encode_documents if kind == "document" else model.encode_queries
-        self.processor = processor
+        self.vectors = vectors
         self.folder = folder
         self.batch_size = batch_size
         self.shard_size = shard_size
-        self.top_k = top_k if top_k is not None else getattr(model.config, f"top_k_{kind}")
-        self.vocab_size = model.config.vocab_size
         self.kind = kind
         self.settings = {
             "fingerprint": model_fingerprint(model),
             "processor": processor_fingerprint(processor),
-            "vocabulary": vocabulary_fingerprint(processor.tokenizer),
             # The fingerprint is the same in every precision, but the weights differ.
             "dtype": str(model.dtype).removeprefix("torch."),
             "encoded": kind,
-            "top_k": self.top_k,
             "shard_size": shard_size,
+            **vectors.settings,
         }
 
     def start(self) -> None:
@@ -158,10 +226,10 @@ class _Job:
             raise FileExistsError(
                 f"{self.folder} holds other files ({entries[0]}, …) and no {MANIFEST_NAME}: choose an empty folder"
             )
-        write_manifest(self.folder, 0, self.vocab_size, complete=False, **self.settings)
+        self.vectors.write_manifest(self.folder, 0, complete=False, **self.settings)
 
     def check_settings(self) -> None:
-        manifest = read_manifest(self.folder)
+        manifest = self.vectors.read_manifest(self.folder)
         differing = [
             f"{name}: {manifest.get(name)!r} there, {value!r} now"
             for name, value in self.settings.items()
@@ -198,18 +266,18 @@ class _Job:
             _check_source(path, source)
             bar.update(len(texts))
             return
-        write_shard(path, [text.id for text in texts], self._encode_texts(texts, bar), source)
+        blocks, places = self._encode_texts(texts, bar)
+        self.vectors.write_shard(path, [text.id for text in texts], blocks, places, source)
 
-    def _encode_texts(self, texts: list[Text], bar: tqdm) -> scipy.sparse.csr_matrix:
-        """Batches of similar length, so that little is computed on padding."""
+    def _encode_texts(self, texts: list[Text], bar: tqdm) -> tuple[list, np.ndarray]:
+        """Batches of similar length, so that little is computed on padding; and where each text lies in them."""
         order = sorted(range(len(texts)), key=lambda row: len(texts[row].text))
         blocks = []
         for start in range(0, len(order), self.batch_size):
             batch = [texts[row].text for row in order[start : start + self.batch_size]]
-            blocks.append(self.encode(batch, self.processor, batch_size=self.batch_size, top_k=self.top_k))
+            blocks.append(self.vectors.encode(batch, self.batch_size))
             bar.update(len(batch))
-        rows = scipy.sparse.vstack(blocks, format="csr")[np.argsort(order)]
-        return canonical_rows(rows, [text.id for text in texts])
+        return blocks, np.argsort(order)
 
     def finish(self, num_shards: int) -> None:
         """Check that the folder holds the corpus' shards and no others, and write the final manifest."""
@@ -222,7 +290,7 @@ class _Job:
             )
         for leftover in self.folder.glob(f".*{storage.PARTIAL_SUFFIX}"):
             leftover.unlink()
-        write_manifest(self.folder, num_shards, self.vocab_size, complete=True, **self.settings)
+        self.vectors.write_manifest(self.folder, num_shards, complete=True, **self.settings)
 
 
 def _digest(texts: list[Text]) -> str:

@@ -368,6 +368,12 @@ def test_a_tokenizer_is_no_processor(model, tokenizer):
         model.encode_documents("a", tokenizer)
 
 
+@pytest.mark.parametrize("top_k", [0, -1, True, 2.0])
+def test_explain_refuses_what_is_no_number_of_terms(model, processor, top_k):
+    with pytest.raises(ValueError, match="top_k must be a whole number of at least 1"):
+        model.explain("a cat", processor, top_k=top_k)
+
+
 def test_a_row_that_is_not_finite_is_not_explained(model, processor):
     with pytest.raises(ValueError, match="holds NaN or infinity"):
         model.explain(torch.full((model.config.vocab_size,), torch.nan), processor)

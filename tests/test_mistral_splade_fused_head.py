@@ -165,7 +165,7 @@ def test_lora_head_merged_disabled_and_with_dropout():
     torch.testing.assert_close(pool_vocabulary_head(head, hidden, mask), before, atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["dora", "bias", "hook", "subclass"])
+@pytest.mark.parametrize("kind", ["dora", "bias", "hook", "subclass", "offloaded"])
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_heads_that_can_only_be_called(kind, pooling):
     if kind == "dora":
@@ -175,6 +175,11 @@ def test_heads_that_can_only_be_called(kind, pooling):
     elif kind == "hook":
         head = nn.Linear(16, 60, bias=False)
         head.register_forward_hook(lambda module, inputs, output: output * 2)
+    elif kind == "offloaded":
+        accelerate = pytest.importorskip("accelerate")
+        head = nn.Linear(16, 60, bias=False).requires_grad_(False)
+        accelerate.cpu_offload(head, execution_device="cpu")
+        assert head.weight.is_meta
     else:
 
         class Scaled(nn.Linear):
@@ -355,6 +360,18 @@ def test_compiles_into_one_graph_with_the_same_values_and_gradients(pooling):
     torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
     for a, b in zip(torch.autograd.grad(found.square().sum(), list(model.parameters())), gradients):
         torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-9)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_compiled_gradients_of_a_tied_head(tied):
+    """Inductor fuses the embedding's own gradient with what the head adds to it; four rows are enough to see it."""
+    model, inputs = tiny_model(tie_word_embeddings=tied), tiny_inputs(batch=4)
+    expected = torch.autograd.grad(model(**inputs).sparse_embedding.square().sum(), list(model.parameters()))
+    compiled = torch.compile(model, fullgraph=True)
+    found = torch.autograd.grad(compiled(**inputs).sparse_embedding.square().sum(), list(model.parameters()))
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b, atol=1e-4 * float(b.abs().max()), rtol=1e-4)
     torch.compiler.reset()
 
 

@@ -181,3 +181,24 @@ def test_encoding_with_an_adapter(load, echo, expected, adapter_folder, inputs):
     for encoder in (model, wrapped):
         found = encoder.encode_documents(inputs["documents"], output="dense")
         torch.testing.assert_close(found, reference, atol=TOLERANCE, rtol=0)
+
+
+def test_a_batch_of_several_adapters_on_the_head(load):
+    """PEFT's `adapter_names`: every row with its own adapter, also where rows and positions are of one number."""
+    model = load()
+    config = peft.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(model, config, adapter_name="a")
+    wrapped.add_adapter("b", config)
+    wrapped.eval()
+    ids = torch.randint(3, 90, (4, 4), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pool_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        single = {}
+        for name in ("a", "b"):
+            wrapped.set_adapter(name)
+            single[name] = wrapped(**inputs).sparse_embedding
+        names = ["a", "b", "b", "a"]
+        found = wrapped(**inputs, adapter_names=names).sparse_embedding
+    assert (single["a"] - single["b"]).abs().max() > 0.1
+    expected = torch.stack([single[name][row] for row, name in enumerate(names)])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)

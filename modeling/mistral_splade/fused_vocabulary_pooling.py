@@ -67,8 +67,7 @@ def head_factors(head: nn.Module, hidden: torch.Tensor) -> list[tuple[torch.Tens
         Pairs (hidden_k (batch, length, d_k), weight_k (vocab, d_k)) with head(hidden) = sum_k hidden_k @ weight_k.T,
         or None where the head is anything else (quantized, hooked, DoRA …) and has to be called as a module.
     """
-    # torch.export hooks every module for its own records; other hooks (offloading, say) must see the call.
-    if (head._forward_hooks or head._forward_pre_hooks) and not torch.compiler.is_exporting():
+    if _is_hooked(head):
         return None
     saved_copies = getattr(head, "modules_to_save", None)
     if isinstance(saved_copies, nn.ModuleDict):
@@ -80,6 +79,15 @@ def head_factors(head: nn.Module, hidden: torch.Tensor) -> list[tuple[torch.Tens
     if type(head) is nn.Linear and head.bias is None and _is_plain(head.weight):
         return [(hidden, head.weight)]
     return None
+
+
+def _is_hooked(head: nn.Module) -> bool:
+    """Somebody has to see the call: hooks of torch (PEFT's for batches of several adapters, say), or accelerate's,
+    which replace `forward` (offloaded weights lie on the meta device until then)."""
+    modules = [head, *head.children()]
+    replaced = any("forward" in vars(module) or hasattr(module, "_hf_hook") for module in modules)
+    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+    return replaced or (hooked and not torch.compiler.is_exporting())  # torch.export hooks all, for its own records
 
 
 def _is_plain(weight: torch.Tensor) -> bool:
@@ -331,13 +339,16 @@ def _scatter_dense(gradient, winners, hidden, weight, hidden_needed, weight_need
     dtype = gradient.dtype
     hidden_gradients = []
     weight_gradient = weight.new_zeros(weight.shape, dtype=dtype) if weight_needed else None
+    entries = torch.arange(weight.shape[0], device=weight.device)
     for row in range(hidden.shape[0]):
         sources, values = winners[row].long(), gradient[row].unsqueeze(1)
         if hidden_needed:
             zeros = hidden.new_zeros(hidden.shape[1:], dtype=dtype)
             hidden_gradients.append(zeros.index_add(0, sources, weight.to(dtype) * values))
         if weight_needed:
-            weight_gradient = weight_gradient + hidden[row].to(dtype)[sources] * values
+            # Not a plain sum: inductor (torch 2.13) would fuse it with the embedding's own gradient, where the head is
+            # tied, and lose that.
+            weight_gradient = weight_gradient.index_add(0, entries, hidden[row].to(dtype)[sources] * values)
     return (
         torch.stack(hidden_gradients).to(hidden.dtype) if hidden_needed else None,
         weight_gradient.to(weight.dtype) if weight_needed else None,
@@ -396,32 +407,24 @@ def _slope(logits: torch.Tensor, activation: str) -> torch.Tensor:
 
 
 def _pool_opaque_head(head, hidden, valid, pooling, activation, logit_scale) -> torch.Tensor:
-    """Any head that only can be called: position chunks of bounded size, recomputed in the backward pass."""
+    """Any head that only can be called: position chunks of bounded size, recomputed in the backward pass. Each call
+    sees all rows, since a head may treat them differently (PEFT's batches of several adapters)."""
     shares = _shares(valid, pooling, hidden.dtype)
-    rows = []
-    for row in range(hidden.shape[0]):
-        pooled = None
-        for part, share in _position_chunks(head, hidden[row], shares[row]):
-            if pooling in ("sum", "mean"):
-                piece = checkpoint(_chunk_sum, head, part, share, activation, logit_scale, use_reentrant=False)
-                pooled = piece if pooled is None else pooled + piece
-            else:
-                piece = checkpoint(_chunk_maximum, head, part, use_reentrant=False)
-                pooled = piece if pooled is None else torch.maximum(pooled, piece)
-        rows.append(pooled)
-    pooled = torch.stack(rows)
+    chunk = max(_BUFFER_ELEMENTS // ((getattr(head, "out_features", None) or 1 << 15) * hidden.shape[0]), 1)
+    pooled = None
+    for part, share in zip(hidden.split(chunk, dim=1), shares.split(chunk, dim=1)):
+        if pooling in ("sum", "mean"):
+            piece = checkpoint(_chunk_sum, head, part, share, activation, logit_scale, use_reentrant=False)
+            pooled = piece if pooled is None else pooled + piece
+        else:
+            piece = checkpoint(_chunk_maximum, head, part, use_reentrant=False)
+            pooled = piece if pooled is None else torch.maximum(pooled, piece)
     return pooled if pooling in ("sum", "mean") else _activate_maximum(pooled, valid, activation, logit_scale)
-
-
-def _position_chunks(head, hidden, shares):
-    vocab_size = getattr(head, "out_features", None) or 1 << 15
-    chunk = max(_BUFFER_ELEMENTS // vocab_size, 1)
-    return zip(hidden.split(chunk), shares.split(chunk))
 
 
 def _chunk_maximum(head, hidden) -> torch.Tensor:
     logits = head(hidden)
-    return logits.amax(dim=0).to(_reduction_dtype(logits.dtype)).relu()
+    return logits.amax(dim=1).to(_reduction_dtype(logits.dtype)).relu()
 
 
 def _chunk_sum(head, hidden, shares, activation, logit_scale) -> torch.Tensor:

@@ -272,11 +272,8 @@ class MistralSpladeForRetrieval(MistralSpladeHeadModel):
     def _encode_texts(self, kind, texts, processor, values, batch_size, top_k, output, show_progress_bar):
         if output not in ("scipy", "torch", "dense"):
             raise ValueError(f"output must be 'scipy', 'torch' or 'dense'; found {output!r}")
-        for name, value in (("top_k", top_k), ("batch_size", batch_size)):
-            if value is None and name == "top_k":
-                continue
-            if not isinstance(value, Integral) or int(value) < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1; found {value!r}")
+        _check_counts(top_k=top_k)
+        _check_counts(batch_size=batch_size, optional=False)
         if not isinstance(texts, Iterable):
             raise TypeError(f"expected a text or several; found {type(texts).__name__}")
         texts = [texts] if isinstance(texts, str) else list(texts)
@@ -401,6 +398,7 @@ class MistralSpladeForRetrieval(MistralSpladeHeadModel):
         """
         if kind not in ("query", "document"):
             raise ValueError(f"kind must be 'query' or 'document'; found {kind!r}")
+        _check_counts(top_k=top_k)
         if isinstance(text_or_embedding, str):
             encode = self.encode_queries if kind == "query" else self.encode_documents
             text_or_embedding = encode([text_or_embedding], processor, output="dense")
@@ -409,6 +407,13 @@ class MistralSpladeForRetrieval(MistralSpladeHeadModel):
         processor = self._usable_processor(processor)
         order = weights.argsort(descending=True, stable=True)
         return [(processor.token(int(entries[i])), float(weights[i])) for i in order]
+
+
+def _check_counts(optional: bool = True, **counts: object) -> None:
+    for name, value in counts.items():
+        is_count = isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
+        if not is_count and not (optional and value is None):
+            raise ValueError(f"{name} must be a whole number of at least 1; found {value!r}")
 
 
 def _encode(model, input_ids, attention_mask, position_ids, inputs_embeds, **kwargs) -> BaseModelOutputWithPast:

@@ -56,6 +56,8 @@ class MistralSpladeEncoder(InputModule):
 
     @max_seq_length.setter
     def max_seq_length(self, value: int) -> None:
+        if value < 1:
+            raise ValueError(f"max_seq_length must be at least 1; found {value}")
         self.processor.max_document_length = self.processor.max_query_length = value
 
     def get_embedding_dimension(self) -> int:
