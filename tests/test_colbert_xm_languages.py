@@ -129,7 +129,7 @@ def test_autocast_with_several_languages(model, processor):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = model(**inputs, lang_ids=lang_ids)
     assert output.embeddings.dtype == torch.float32
-    assert (output.embeddings.norm(dim=-1)[output.mask] - 1).abs().max() < 1e-3
+    assert (output.embeddings.norm(dim=-1)[output.mask.bool()] - 1).abs().max() < 1e-3
     assert (output.embeddings - model(**inputs, lang_ids=lang_ids).embeddings).abs().max() < 0.1
 
 

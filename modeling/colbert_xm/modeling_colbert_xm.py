@@ -29,14 +29,14 @@ Language = str | None | Sequence[str | None] | Callable[[str], str]
 class ColBERTXMOutput(ModelOutput):
     """
     Args:
-        embeddings: (batch, length, dim) float32; unit vectors, zero where `mask` is False.
-        mask: (batch, length) bool, True where the vector belongs to the text.
+        embeddings: (batch, length, dim) float32; unit vectors, zero where `mask` is 0.
+        mask: (batch, length) int64, 1 where the vector belongs to the text.
         hidden_states: tuple of (batch, length, hidden_size), when asked for.
         attentions: tuple of (batch, heads, length, length), when asked for (eager attention).
     """
 
     embeddings: torch.FloatTensor | None = None
-    mask: torch.BoolTensor | None = None
+    mask: torch.LongTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
@@ -226,7 +226,7 @@ class ColBERTXMForRetrieval(ColBERTXMPreTrainedModel):
         projected = self.linear(hidden_states.to(self.linear.weight.dtype)).float() * mask[..., None]
         return ColBERTXMOutput(
             embeddings=normalize(projected, dim=-1),
-            mask=mask,
+            mask=mask.long(),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -246,6 +246,15 @@ class ColBERTXMForRetrieval(ColBERTXMPreTrainedModel):
                 f"found {tuple(keep_mask.shape)}"
             )
         return keep_mask
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
+        """As in transformers; also writes the files by which sentence-transformers opens the folder."""
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process:
+            # Imported here for speed; by this line transformers also copies that file into every checkpoint.
+            from .sentence_transformers_colbert_xm import write_multi_vector_encoder_files
+
+            write_multi_vector_encoder_files(save_directory)
 
     def encode_queries(
         self,
@@ -319,7 +328,7 @@ class ColBERTXMForRetrieval(ColBERTXMPreTrainedModel):
                 output = self(**inputs.to(self.device), lang_ids=lang_ids[batch])
                 self._check_finite(output.embeddings, [texts[i] for i in batch])
                 for i, embedding, kept in zip(batch, output.embeddings, output.mask):
-                    vectors[i] = embedding[kept].cpu()
+                    vectors[i] = embedding[kept.bool()].cpu()
                 bar.update(len(batch))
         finally:
             bar.close()
