@@ -1,11 +1,14 @@
 """Rows of every supported form to tensors, and clear errors for the others."""
 
+import json
+import re
+
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
 from rarezoo.mistral_splade import MistralSpladeProcessor
-from rarezoo.training import RetrievalCollator
+from rarezoo.training import RetrievalCollator, read_training_rows
 from rarezoo.training.collator import RetrievalExample, parse_row
 
 CORPUS = {"d1": "the capital of france is paris", "d2": "the cat sat", "7": "jupiter is a planet"}
@@ -64,7 +67,7 @@ def test_parse_row(row, expected):
         ([{"query": 3, "positive": "p"}], "'query' must hold text, found int"),
         ([{"query": "q", "positive": "p", "negatives": ["a", 4]}], "'negatives' must hold text, found int"),
         ([{"query": "q", "positive": "p", "negatives": "abc"}], "'negatives' must hold a list"),
-        ([{"query": "q", "positive": "p", "negatives": ["a"]}, {"query": "q", "positive": "p"}], "found 0, 1"),
+        ([{"query": "q", "positive": "p", "negatives": ["a"]}, {"query": "q", "positive": "p"}], "found 1 and 0"),
         ([{"query": "q", "positive": "p", "negative": "n", "scores": [1.0]}], "'scores' must hold 2"),
         ([{"query": "q", "positive": "p", "negative": "n", "scores": [1.0, "x"]}], "'scores' must hold numbers"),
         ([{"query": "q", "positive": "p", "negative": "n", "scores": [1.0, float("nan")]}], "finite"),
@@ -80,6 +83,24 @@ def test_parse_row(row, expected):
 def test_clear_errors(processor, rows, message):
     with pytest.raises(ValueError, match=message):
         RetrievalCollator(processor, corpus=CORPUS)(rows)
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ({"query": "q"}, "a training row needs a column positive or positive_id; found columns: query"),
+        ({"query": "q", "positive": 4}, "column 'positive' must hold text"),
+        ({"query": "q", "positive_id": "d9"}, "column 'positive_id' holds id 'd9'"),
+        ({"query": "q", "positive": "p"}, "all rows of a batch need the same number of negatives, found 1 and 0"),
+        ({"query": "q", "positive": "p", "negative": "n"}, "some rows have a teacher's margins"),
+    ],
+)
+def test_errors_name_the_file_and_the_line(processor, tmp_path, second, message):
+    path = tmp_path / "pairs.jsonl"
+    first = {"query": "q", "positive": "p", "negative": "n", "margin": 1.0}
+    path.write_text(f"{json.dumps(first)}\n{json.dumps(second)}\n")
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}, line 2: {message}"):
+        RetrievalCollator(processor, corpus=CORPUS)(read_training_rows(path))
 
 
 def test_tensors(processor):

@@ -2,9 +2,11 @@
 
 import gzip
 import json
+import pickle
 
 import pytest
 from datasets import Dataset
+from torch.utils.data import DataLoader
 
 from rarezoo.training import read_text_table, read_training_rows
 
@@ -77,5 +79,31 @@ def test_clear_errors(tmp_path, name, content, error, message):
 
 
 def test_text_table_without_ids(tmp_path):
-    with pytest.raises(ValueError, match="row 1: expected columns '_id'"):
+    with pytest.raises(ValueError, match=r"corpus\.jsonl, line 1: expected columns '_id'"):
         read_text_table(write_jsonl(tmp_path / "corpus.jsonl", [{"text": "one"}]))
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.tsv", "rows.parquet"])
+def test_rows_know_where_they_stand(tmp_path, name):
+    path = tmp_path / name
+    if name == "rows.jsonl":
+        path.write_text("\n".join(["", *map(json.dumps, ROWS)]))  # a blank line first
+    elif name == "rows.tsv":
+        path.write_text("query\tpositive\n" + "".join(f"{row['query']}\t{row['positive']}\n" for row in ROWS))
+    else:
+        Dataset.from_list(ROWS).to_parquet(str(path))
+    rows = read_training_rows(path)
+    places = [f"{path}, row 1", f"{path}, row 2"] if name == "rows.parquet" else [f"{path}, line 2", f"{path}, line 3"]
+    assert [row.where for row in rows] == places
+    assert [pickle.loads(pickle.dumps(row)).where for row in rows] == places, "workers of a loader get them too"
+    assert rows[-1].where == places[-1]
+    batch = next(iter(DataLoader(rows, batch_size=2, collate_fn=list)))
+    assert batch == ROWS and [row.where for row in batch] == places
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", gzip.compress(b'{"query": "a", "positive": "b"}')[:20]])
+def test_files_that_are_not_text(tmp_path, content):
+    path = tmp_path / ("rows.jsonl.gz" if content.startswith(b"\x1f") else "rows.jsonl")
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{path}: cannot be read as text"):
+        read_training_rows(path)

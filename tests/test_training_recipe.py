@@ -1,5 +1,6 @@
 """Recipes: files, runs from a preset, LoRA and 4-bit runs, resuming, and starting from scratch."""
 
+import dataclasses
 import json
 import math
 import random
@@ -83,9 +84,12 @@ def test_recipe_files(tmp_path, suffix):
         ({"model": "m", "preset": "tiny"}, "either a model to fine-tune or a preset"),
         (
             {"preset": "tiny", "learning_rat": 1},
-            "unknown SparseTrainingRecipe fields learning_rat; known",
+            r"unknown SparseTrainingRecipe fields learning_rat \(did you mean learning_rate\?\); known",
         ),
-        ({"preset": "tiny", "objective": {"scale": 1}}, "unknown SparseObjective fields scale"),
+        (
+            {"preset": "tiny", "objective": {"scale": 1}},
+            "unknown SparseObjective fields scale.*known fields: .*score_scale",
+        ),
         ({"preset": "tiny", "objective": {"query_regularizer": "l2"}}, "query_regularizer must be one of flops, l1"),
         ({"preset": "tiny", "objective": {"info_nce_weight": 0}}, "nothing to learn from"),
         ({"preset": "tiny", "objective": {"document_regularizer_weight": -1}}, "must not be negative"),
@@ -145,7 +149,8 @@ def test_train_from_preset(tmp_path):
     assert isinstance(model, MistralSpladeForRetrieval)
     assert processor.max_document_length == 32
     assert model.config.vocab_size == len(processor.tokenizer) <= 120
-    assert SparseTrainingRecipe.load(tmp_path / "run") == recipe
+    assert SparseTrainingRecipe.load(tmp_path / "run") == dataclasses.replace(recipe, lora=False)
+    assert not (tmp_path / "run" / "checkpoints").exists(), "an empty folder is not left behind"
     log = json.loads((tmp_path / "run" / "training_log.json").read_text())
     training = [entry for entry in log if "ranking_loss" in entry]
     assert len(training) == 30
@@ -170,6 +175,7 @@ def test_resume_after_a_kill(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(recipe, tmp_path / "parts", rows=rows(), callbacks=[Interrupt()])
     assert not (tmp_path / "parts" / "model.safetensors").exists()
+    assert (tmp_path / "whole" / "checkpoints" / "checkpoint-8").is_dir()
     with pytest.raises(FileExistsError, match="resume the run"):
         train(recipe, tmp_path / "parts", rows=rows())
     with pytest.raises(ValueError, match="these fields differ: learning_rate"):
@@ -339,6 +345,7 @@ def test_four_bit_run(tmp_path):
     assert type(model.get_base_model().model.layers[0].mlp.up_proj.base_layer).__name__ == "Linear4bit"
     assert type(model.get_base_model().lm_head) is torch.nn.Linear
     train(recipe, tmp_path / "run", rows=rows())
+    assert (recipe.lora, SparseTrainingRecipe.load(tmp_path / "run").lora) == (None, True)
     log = json.loads((tmp_path / "run" / "training_log.json").read_text())
     losses = [entry["ranking_loss"] for entry in log if "ranking_loss" in entry]
     assert losses[-1] < 0.8 * losses[0]

@@ -62,8 +62,24 @@ def parse_row(
         corpus: document id -> text, where rows hold document ids.
 
     Raises:
-        ValueError: a column is missing, or its value has the wrong type or length.
+        ValueError: a column is missing, or its value has the wrong type or length; the message begins with the place of
+            a row from `read_training_rows`.
     """
+    try:
+        return _parse(row, queries, corpus)
+    except ValueError as error:
+        raise ValueError(f"{_place(row)}{error}") from None
+
+
+def _place(row: Mapping[str, Any]) -> str:
+    """The beginning of a message about a row: where it was read, if that is known."""
+    where = getattr(row, "where", None)
+    return f"{where}: " if where else ""
+
+
+def _parse(
+    row: Mapping[str, Any], queries: Mapping[str, str] | None, corpus: Mapping[str, str] | None
+) -> RetrievalExample:
     row = {name: value for name, value in row.items() if value is not None}
     query_column = next((name for name in QUERY_COLUMNS if name in row), None)
     if query_column is not None:
@@ -113,7 +129,7 @@ class RetrievalCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         examples = [parse_row(row, self.queries, self.corpus) for row in rows]
-        _check_alike(examples)
+        _check_alike(examples, rows)
         documents = [example.positive for example in examples]
         for position in range(len(examples[0].negatives)):
             documents += [example.negatives[position] for example in examples]
@@ -174,15 +190,18 @@ def _numbers(value: Any, column: str, length: int) -> tuple[float, ...]:
     return numbers
 
 
-def _check_alike(examples: Sequence[RetrievalExample]) -> None:
-    counts = sorted({len(example.negatives) for example in examples})
-    if len(counts) > 1:
-        raise ValueError(
-            f"all rows of a batch need the same number of negatives, found {', '.join(map(str, counts))}; "
-            "cut or repeat the negatives of your data to one number"
-        )
-    for name in ("scores", "margins"):
-        if len({getattr(example, name) is None for example in examples}) > 1:
+def _check_alike(examples: Sequence[RetrievalExample], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Raise `ValueError` at the first row that differs from the batch's first."""
+    first = examples[0]
+    for row, example in zip(rows, examples):
+        if len(example.negatives) != len(first.negatives):
             raise ValueError(
-                f"some rows have a teacher's {name} and others have none; give it for all rows or for none"
+                f"{_place(row)}all rows of a batch need the same number of negatives, found {len(first.negatives)} "
+                f"and {len(example.negatives)}; cut or repeat the negatives of your data to one number"
             )
+        for name in ("scores", "margins"):
+            if (getattr(example, name) is None) != (getattr(first, name) is None):
+                raise ValueError(
+                    f"{_place(row)}some rows have a teacher's {name} and others have none; give it for all rows or "
+                    "for none"
+                )

@@ -12,7 +12,43 @@ from typing import IO, Any
 ROW_FORMATS = ".jsonl, .tsv, .jsonl.gz, .tsv.gz, .parquet, or a folder written by datasets' save_to_disk"
 
 
-def read_training_rows(path: str | Path) -> Sequence[Mapping[str, Any]]:
+class TrainingRow(dict):
+    """A row that knows where it was read, for error messages: "pairs.jsonl, line 3"."""
+
+    __slots__ = ("where",)
+
+    def __init__(self, columns: Mapping[str, Any], where: str):
+        super().__init__(columns)
+        self.where = where
+
+
+class _StoredRows(Sequence[TrainingRow]):
+    """The rows of a `datasets.Dataset`, which stay on disk."""
+
+    def __init__(self, rows: Any, path: Path):
+        self._rows = rows
+        self._path = path
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[position] for position in range(*index.indices(len(self)))]
+        return self._located(index % len(self) if index < 0 else index, self._rows[index])
+
+    def __getitems__(self, indices: Sequence[int]) -> list[TrainingRow]:
+        """Many at a time, as torch's loader asks for a batch."""
+        return [self._located(index, row) for index, row in zip(indices, self._rows.__getitems__(list(indices)))]
+
+    def __iter__(self) -> Iterator[TrainingRow]:
+        return (self._located(index, row) for index, row in enumerate(self._rows))
+
+    def _located(self, index: int, row: Mapping[str, Any]) -> TrainingRow:
+        return TrainingRow(row, f"{self._path}, row {index + 1}")
+
+
+def read_training_rows(path: str | Path) -> Sequence[TrainingRow]:
     """Rows of training data, see `rarezoo.training.collator.parse_row` for their columns.
 
     Files: JSON lines; tab-separated values with a header line; Parquet, or a folder written by `Dataset.save_to_disk`
@@ -28,11 +64,11 @@ def read_training_rows(path: str | Path) -> Sequence[Mapping[str, Any]]:
     if path.is_dir():
         from datasets import load_from_disk
 
-        rows = load_from_disk(str(path))
+        rows: Sequence[TrainingRow] = _StoredRows(load_from_disk(str(path)), path)
     elif path.suffix == ".parquet":
         from datasets import Dataset
 
-        rows = Dataset.from_parquet(str(path))
+        rows = _StoredRows(Dataset.from_parquet(str(path)), path)
     else:
         rows = list(_read_lines(path))
     if len(rows) == 0:
@@ -43,20 +79,23 @@ def read_training_rows(path: str | Path) -> Sequence[Mapping[str, Any]]:
 def read_text_table(path: str | Path) -> dict[str, str]:
     """A table id -> text from rows with `_id` or `id`, `text`, and optionally `title`, which goes before the text."""
     table = {}
-    for number, row in enumerate(read_training_rows(path), start=1):
+    for row in read_training_rows(path):
         identifier = row.get("_id", row.get("id"))
         if identifier is None or not isinstance(row.get("text"), str):
-            raise ValueError(f"{path}, row {number}: expected columns '_id' (or 'id') and 'text', found {dict(row)!r}")
+            raise ValueError(f"{row.where}: expected columns '_id' (or 'id') and 'text', found {dict(row)!r}")
         table[str(identifier)] = f"{row['title']} {row['text']}" if row.get("title") else row["text"]
     return table
 
 
-def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
+def _read_lines(path: Path) -> Iterator[TrainingRow]:
     suffix = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
     if suffix not in (".jsonl", ".tsv", ".jsonl.gz", ".tsv.gz"):
         raise ValueError(f"cannot read training data from {path}; expected {ROW_FORMATS}")
-    with _open_text(path) as lines:
-        yield from _json_rows(path, lines) if suffix.startswith(".jsonl") else _tsv_rows(path, lines)
+    try:
+        with _open_text(path) as lines:
+            yield from _json_rows(path, lines) if suffix.startswith(".jsonl") else _tsv_rows(path, lines)
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+        raise ValueError(f"{path}: cannot be read as text in UTF-8 ({error})") from None
 
 
 def _open_text(path: Path) -> IO[str]:
@@ -65,20 +104,20 @@ def _open_text(path: Path) -> IO[str]:
     return path.open(encoding="utf-8", newline="")
 
 
-def _json_rows(path: Path, lines: IO[str]) -> Iterator[dict[str, Any]]:
+def _json_rows(path: Path, lines: IO[str]) -> Iterator[TrainingRow]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from None
+            raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg}, column {error.colno})") from None
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
-        yield row
+        yield TrainingRow(row, f"{path}, line {number}")
 
 
-def _tsv_rows(path: Path, lines: IO[str]) -> Iterator[dict[str, Any]]:
+def _tsv_rows(path: Path, lines: IO[str]) -> Iterator[TrainingRow]:
     reader = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
     for row in reader:
         if None in row or None in row.values():
@@ -86,7 +125,8 @@ def _tsv_rows(path: Path, lines: IO[str]) -> Iterator[dict[str, Any]]:
                 f"{path}, line {reader.line_num}: expected {len(reader.fieldnames or ())} tab-separated values "
                 f"({', '.join(reader.fieldnames or ())})"
             )
-        yield {column: _number(value) if column in ("margin", "scores") else value for column, value in row.items()}
+        columns = {column: _number(value) if column in ("margin", "scores") else value for column, value in row.items()}
+        yield TrainingRow(columns, f"{path}, line {reader.line_num}")
 
 
 def _number(value: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import os
 from collections.abc import Mapping
@@ -43,7 +44,8 @@ class SparseTrainingRecipe:
         initialization: for a preset: "random", or "lexical", see `initialize_as_lexical_matcher`.
         config: fields of the model's configuration to override, for example `{"logit_scale": 0.125}`.
         processor: arguments of the processor to override, for example `{"max_document_length": 128}`.
-        lora: True, False, or None: LoRA for backbones above 0.5 billion parameters, else full fine-tuning.
+        lora: True, False, or None: LoRA for backbones above 0.5 billion parameters, else full fine-tuning. The recipe
+            that is stored with a checkpoint says which it was.
         lora_rank, lora_alpha, lora_dropout: of LoRA; defaults as reported for Echo-Mistral-SPLADE.
         lora_target_modules: names of the adapted layers; None takes the family's.
         lora_on_head: adapt the vocabulary head too.
@@ -197,7 +199,9 @@ def _known_fields(kind: type, settings: Mapping[str, Any]) -> dict[str, Any]:
     known = [entry.name for entry in dataclasses.fields(kind)]
     unknown = sorted(set(settings) - set(known))
     if unknown:
-        raise ValueError(f"unknown {kind.__name__} fields {', '.join(unknown)}; known fields: {', '.join(known)}")
+        near = [(name, difflib.get_close_matches(str(name), known, 1)) for name in unknown]
+        named = [f"{name} (did you mean {match[0]}?)" if match else str(name) for name, match in near]
+        raise ValueError(f"unknown {kind.__name__} fields {', '.join(named)}; known fields: {', '.join(known)}")
     return dict(settings)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,7 @@ def train(
 
     `output_dir` becomes a checkpoint for AutoModel and AutoProcessor, with `training_recipe.json` and
     `training_log.json` (all log entries). After LoRA training it holds the merged model, and `adapter/` the adapter
-    alone. Intermediate checkpoints stand in `checkpoints/`.
+    alone. Intermediate checkpoints, if any, stand in `checkpoints/`.
 
     Args:
         recipe: what to do.
@@ -109,10 +111,12 @@ def train(
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(_QuietProgressCallback)
     if processes.is_main_process:
-        recipe.save(output_dir / RECIPE_FILE)
+        dataclasses.replace(recipe, lora=hasattr(model, "merge_and_unload")).save(output_dir / RECIPE_FILE)
     result = trainer.train(resume_from_checkpoint=_last_whole_checkpoint(checkpoints))
     if processes.is_main_process:
         _export(recipe, trainer.accelerator.unwrap_model(model), processor, trainer.state.log_history, output_dir)
+        with suppress(OSError):  # it holds checkpoints
+            checkpoints.rmdir()
     processes.wait_for_everyone()
     logged = [entry for entry in trainer.state.log_history if "ranking_loss" in entry]
     return {
@@ -247,6 +251,8 @@ def _check_folder(recipe: SparseTrainingRecipe, output_dir: Path, resume: bool) 
             )
         return
     earlier = SparseTrainingRecipe.load(output_dir / RECIPE_FILE)
+    if recipe.lora is None:
+        earlier.lora = None  # what was stored is the answer that the first run found
     if earlier != recipe:
         changed = sorted(name for name, value in earlier.to_dict().items() if recipe.to_dict()[name] != value)
         raise ValueError(f"cannot resume {output_dir} with another recipe; these fields differ: {', '.join(changed)}")
