@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 from transformers import XmodModel
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.models.xmod.modeling_xmod import XmodAdapter, XmodOutput, XmodPreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
@@ -156,18 +157,24 @@ class ColBERTXMModel(ColBERTXMPreTrainedModel, XmodModel):
             # The stock encoder builds its layers itself. Same fields, same weights, another dispatch.
             layer.output.__class__ = LanguageAdapterOutput
 
-    def forward(self, input_ids=None, lang_ids=None, **kwargs):
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        lang_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """
         Args:
-            input_ids: (batch, length).
+            input_ids, attention_mask: (batch, length), padding on either side.
             lang_ids: (batch,) int64, indices in `config.languages`; None means `config.default_language`.
-            attention_mask: (batch, length), padding on either side.
 
         Returns:
-            transformers' `BaseModelOutputWithPoolingAndCrossAttentions`: `last_hidden_state` (batch, length,
-            hidden_size).
+            `last_hidden_state` (batch, length, hidden_size), `pooler_output` None.
         """
-        inputs = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
+        inputs = input_ids if input_ids is not None else inputs_embeds
         if lang_ids is None:
             languages = self.config.default_language
         else:
@@ -177,7 +184,14 @@ class ColBERTXMModel(ColBERTXMPreTrainedModel, XmodModel):
                     f"expected lang_ids of shape (batch,) = ({inputs.shape[0]},); found {tuple(lang_ids.shape)}"
                 )
             languages = group_by_language(lang_ids, self.config.languages)
-        return super().forward(input_ids=input_ids, lang_ids=languages, **kwargs)
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            lang_ids=languages,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
 
 
 class ColBERTXMForRetrieval(ColBERTXMPreTrainedModel):
