@@ -31,14 +31,15 @@ def listed(names: Sequence[str]) -> str:
     return f"{shown} and {more} more" if more > 0 else shown
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; errors name the file."""
+def read_json(path: Path, kind: type = dict) -> Any:
+    """A JSON object (or a list, by `kind`) from a file; errors name the file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, UnicodeDecodeError) as error:
         raise ConversionError(f"{path} is not valid JSON ({error}); download or write it again") from error
-    if not isinstance(content, dict):
-        raise ConversionError(f"{path} must hold a JSON object; found {type(content).__name__}")
+    if not isinstance(content, kind):
+        wanted = "object" if kind is dict else kind.__name__
+        raise ConversionError(f"{path} must hold a JSON {wanted}; found {type(content).__name__}")
     return content
 
 
@@ -80,7 +81,7 @@ def _download(repository: str, revision: str | None) -> Path:
     skipped = ["consolidated*", "original/*", "*.gguf"]
     small = ["*.json", "*.jinja", "*.metadata", "*.model", "*.txt", "LICENSE*", "NOTICE*"]
     folder = Path(snapshot_download(repository, revision=revision, allow_patterns=small))
-    for weights in ("*.safetensors", "*.bin"):
+    for weights in ("*.safetensors", "*.bin", "*.dnn"):
         # The snapshot folder is named after the commit: all files come from the same one.
         snapshot_download(repository, revision=folder.name, allow_patterns=[weights], ignore_patterns=skipped)
         if any(folder.rglob(weights)):
@@ -101,10 +102,11 @@ class CheckpointReader:
     """The tensors of one checkpoint folder, by name, read one at a time.
 
     Reads `<stem>.safetensors`, `<stem>.bin` and sharded forms of both (`*.index.json`); safetensors come first where a
-    folder holds both. Files are memory-mapped: `read` costs memory only for what is touched, until `close`.
+    folder holds both. Of a training checkpoint with a `model_state_dict` it reads that. Files are memory-mapped: `read`
+    costs memory only for what is touched, until `close`.
 
     Args:
-        folder: the folder.
+        folder: the folder, or one file of weights.
         stems: file names without extension, in order of preference.
 
     Raises:
@@ -155,6 +157,8 @@ class CheckpointReader:
         self._open_files.clear()
 
     def _weight_files(self, stems: Sequence[str]) -> list[Path]:
+        if self.folder.is_file():
+            return [self.folder]
         for path in _candidate_files(self.folder, stems):
             if path.exists():
                 return [path]
@@ -203,6 +207,15 @@ def _open_safetensors(file: Path) -> Any:
 
 
 def _open_bin(file: Path) -> dict[str, torch.Tensor]:
+    content = read_pickle(file)
+    weights = content.get("model_state_dict", content)
+    if not isinstance(weights, dict):
+        raise ConversionError(f"{file}: model_state_dict is a {type(weights).__name__}; expected a dict of tensors")
+    return weights
+
+
+def read_pickle(file: Path) -> dict[str, Any]:
+    """The dict in a file of `torch.save`, read without running code; its tensors are memory-mapped."""
     # Files of the format before torch 1.6 are not zip archives and cannot be mapped.
     mapped = zipfile.is_zipfile(file)
     try:

@@ -1,36 +1,33 @@
-"""ColBERT-XM checkpoints: colbert-ai's ("Stanford") layout to rarezoo's, and back.
+"""ColBERT-XM checkpoints: every published layout (`colbert_xm_layouts`) to rarezoo's, and back.
 
-Both keep X-MOD's tensor names under `roberta.` and the projection as `linear.weight`; the work is in the settings,
-which colbert-ai keeps in `artifact.metadata`, and in the pooler, which colbert-ai's class has and ColBERT never reads.
+colbert-ai ("Stanford") and rarezoo keep X-MOD's tensor names under `roberta.` and the projection as `linear.weight`.
+The work is in the settings, which colbert-ai keeps in `artifact.metadata` and PyLate beside its modules, and in the
+pooler, which their classes have and ColBERT never reads.
 """
 
 from __future__ import annotations
 
-import inspect
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModel, AutoProcessor, XmodConfig
 from transformers.dynamic_module_utils import custom_object_save
 
 from rarezoo.colbert_xm import ColBERTXMConfig, ColBERTXMForRetrieval, ColBERTXMProcessor
-from rarezoo.colbert_xm.colbert_metadata import METADATA_NAME, is_stanford_layout
-from rarezoo.conversion.checkpoint_files import (
-    CheckpointReader,
-    ConversionError,
-    locate_checkpoint,
-    read_json,
-    write_json,
-)
+from rarezoo.colbert_xm.colbert_metadata import METADATA_NAME
+from rarezoo.colbert_xm.sentence_transformers_colbert_xm import write_multi_vector_encoder_files
+from rarezoo.conversion.checkpoint_files import CheckpointReader, ConversionError, read_json, write_json
+from rarezoo.conversion.colbert_xm_layouts import FAMILY, PROJECTION, Source, open_checkpoint
 from rarezoo.conversion.engine import (
     ConversionReport,
     FolderReport,
+    Plan,
     Rule,
+    Step,
     WrittenWeights,
     drop,
     expected_shapes,
@@ -43,8 +40,9 @@ from rarezoo.conversion.engine import (
     verify_weights,
     write_weights,
 )
+from rarezoo.conversion.pylate_files import DENSE_FOLDER, write_pylate_files
 
-FAMILY = ColBERTXMConfig.model_type
+OFFICIAL_LAYOUTS = ("stanford", "pylate")
 _LAYER = "roberta.encoder.layer.{layer}."
 _NORM_PARTS = (("weight", "gamma"), ("bias", "beta"))
 _POOLER = ("roberta.pooler.dense.weight", "roberta.pooler.dense.bias")
@@ -55,7 +53,7 @@ RULES: tuple[Rule, ...] = (
         "roberta.embeddings.word_embeddings.weight",
         "roberta.embeddings.position_embeddings.weight",
         "roberta.embeddings.token_type_embeddings.weight",
-        "linear.weight",
+        PROJECTION,
         *_POOLER,
         *(
             f"{_LAYER}{module}.{part}"
@@ -88,9 +86,6 @@ _ADAPTER_TENSORS = tuple(
     f"{_LAYER}output.adapter_modules.%s.{dense}.{part}" for dense in ("dense1", "dense2") for part in ("weight", "bias")
 )
 
-_PROCESSOR_OPTIONS = tuple(
-    name for name in inspect.signature(ColBERTXMProcessor).parameters if name not in ("tokenizer", "chat_template")
-)
 _SMALL_FILES = ("LICENSE*", "NOTICE*")
 
 
@@ -100,41 +95,41 @@ def to_rarezoo(
     *,
     dtype: str | torch.dtype | None = None,
     max_shard_size: int | str = "5GB",
+    base: str | os.PathLike | None = None,
     languages: list | str | None = None,
+    default_language: str | None = None,
     marker_mode: str | None = None,
     processor_options: Mapping[str, Any] | None = None,
 ) -> ConversionReport:
-    """An official checkpoint to rarezoo's layout; one of rarezoo's is written again, to change dtype or languages.
+    """A published checkpoint to rarezoo's layout; one of rarezoo's is written again, to change dtype or languages.
 
     Args:
-        source, destination, dtype, max_shard_size: as in `rarezoo.conversion.convert`.
+        source: as in `rarezoo.conversion.convert`, or the path of a `.dnn` file.
+        destination, dtype, max_shard_size: as in `rarezoo.conversion.convert`.
+        base: of a `.dnn` file: folder or repository of configuration and tokenizer, where they are not beside it.
         languages: adapters to keep, as X-MOD codes, ISO codes or BCP-47 tags; None keeps all.
+        default_language: of texts whose language is not given; None keeps the source's.
         marker_mode: "insert" or "replace", see `ColBERTXMProcessor`. None: by the age of the checkpoint, "replace" when
-            transformers before 4.44 wrote it, as for `antoinelouis/colbert-xm`.
+            transformers before 4.44 wrote it, as for `antoinelouis/colbert-xm`, and for `.dnn` files.
         processor_options: other options of `ColBERTXMProcessor` that replace the source's.
     """
     options = dict(processor_options or {})
     if marker_mode is not None:
         options["marker_mode"] = marker_mode
-    unknown = [name for name in options if name not in _PROCESSOR_OPTIONS]
-    if unknown:
-        raise ConversionError(
-            f"unknown processor_options {', '.join(unknown)}; expected some of {', '.join(_PROCESSOR_OPTIONS)}"
-        )
-    folder = locate_checkpoint(source)
-    layout = _detect_layout(folder)
-    config = _read_config(folder, languages)
-    processor = _read_processor(folder, config, options)
+    opened = open_checkpoint(
+        source, base=base, languages=languages, default_language=default_language, processor_options=options
+    )
     with staged_folder(Path(destination)) as staging:
-        written, dropped = _write_weights(folder, config, staging, dtype, max_shard_size)
-        config.save_pretrained(staging)
+        written, dropped = _write_weights(opened, staging, dtype, max_shard_size)
+        opened.config.save_pretrained(staging)
         custom_object_save(ColBERTXMForRetrieval, staging)
-        processor.save_pretrained(staging)
-        _copy_small_files(folder, staging)
+        opened.processor.save_pretrained(staging)
+        write_multi_vector_encoder_files(staging)
+        _copy_small_files(opened.folder, staging)
         verify_weights(staging, written)
         verify_model(staging, AutoModel, _without_pooler(written), load=len(written.files) == 1)
-        _check_processor(staging, config)
-    return _report(source, layout, "rarezoo", destination, written, dropped)
+        _check_processor(staging, opened.config)
+    return _report(source, opened, destination, "rarezoo", [written], dropped)
 
 
 def to_official(
@@ -143,32 +138,66 @@ def to_official(
     *,
     dtype: str | torch.dtype | None = None,
     max_shard_size: int | str = "5GB",
+    layout: str = "stanford",
+    default_language: str | None = None,
 ) -> ConversionReport:
-    """Rarezoo's layout to colbert-ai's: `Checkpoint(folder)` opens it.
+    """Rarezoo's layout to one that other libraries open.
 
     Args:
         source, destination, dtype, max_shard_size: as in `rarezoo.conversion.convert`.
+        layout: "stanford", for colbert-ai's `Checkpoint(folder)`, or "pylate", for PyLate's `ColBERT(folder)` and
+            sentence-transformers' `MultiVectorEncoder(folder)`.
+        default_language: the language that those libraries use for all texts; None keeps the source's.
     """
-    folder = locate_checkpoint(source)
-    layout = _detect_layout(folder)
-    if layout != "rarezoo":
-        raise ConversionError(f"{folder} has the layout {layout!r} already; expected a rarezoo folder")
-    config = _read_config(folder, None)
-    processor = _read_processor(folder, config, {})
+    if layout not in OFFICIAL_LAYOUTS:
+        raise ConversionError(f"layout must be one of {', '.join(OFFICIAL_LAYOUTS)}; found {layout!r}")
+    opened = open_checkpoint(source, default_language=default_language)
+    if opened.layout != "rarezoo":
+        raise ConversionError(f"{opened.folder} has the layout {opened.layout!r} already; expected a rarezoo folder")
     with staged_folder(Path(destination)) as staging:
-        written, dropped = _write_weights(folder, config, staging, dtype, max_shard_size)
-        _write_official_config(config, written, staging)
-        _write_plain_tokenizer(processor, staging)
-        write_json(staging / METADATA_NAME, official_metadata(config, processor))
-        _copy_small_files(folder, staging)
-        verify_weights(staging, written)
-        opened = ColBERTXMProcessor.from_pretrained(staging, marker_mode=processor.marker_mode)
-        if any(getattr(opened, name) != getattr(processor, name) for name in _PROCESSOR_OPTIONS):
-            raise ConversionError(f"the {METADATA_NAME} written to {staging} does not give the processor's settings")
-    notes = [f"colbert-ai places markers as its version does; this checkpoint was made for {processor.marker_mode!r}."]
-    if _POOLER[0] not in written.tensors:
-        notes.append("There is no pooler: colbert-ai will say that it makes a new one, which it never reads.")
-    return _report(source, layout, "official", destination, written, dropped, notes)
+        write = _write_stanford if layout == "stanford" else _write_pylate
+        parts, dropped = write(opened, staging, dtype, max_shard_size)
+        _write_plain_tokenizer(opened.processor, staging)
+        _copy_small_files(opened.folder, staging)
+        _check_official(staging, opened)
+    if _POOLER[0] not in opened.weights:
+        opened.notes.append(
+            "There is no pooler: other libraries will say that they make a new one, which is never read."
+        )
+    return _report(source, opened, destination, layout, parts, dropped)
+
+
+def _write_stanford(
+    opened: Source, target: Path, dtype: str | torch.dtype | None, max_shard_size: int | str
+) -> tuple[list[WrittenWeights], dict[str, str]]:
+    if opened.processor.skiplist_tokens is not None:
+        raise ConversionError("colbert-ai has no skip list of its own: skiplist_tokens cannot be written; use 'pylate'")
+    written, dropped = _write_weights(opened, target, dtype, max_shard_size)
+    _write_official_config(opened.config, written, "HF_ColBERT", target)
+    write_json(target / METADATA_NAME, official_metadata(opened.config, opened.processor))
+    verify_weights(target, written)
+    opened.notes.append(
+        f"colbert-ai places markers as its version does; this checkpoint was made for {opened.processor.marker_mode!r}."
+    )
+    return [written], dropped
+
+
+def _write_pylate(
+    opened: Source, target: Path, dtype: str | torch.dtype | None, max_shard_size: int | str
+) -> tuple[list[WrittenWeights], dict[str, str]]:
+    (target / DENSE_FOLDER).mkdir()
+    dense, _ = _write_weights(opened, target / DENSE_FOLDER, dtype, max_shard_size, {PROJECTION: PROJECTION})
+    names = {name: name.removeprefix("roberta.") for name in _expected(opened) if name != PROJECTION}
+    written, dropped = _write_weights(opened, target, dtype, max_shard_size, names)
+    _write_official_config(opened.config, written, "XmodModel", target)
+    write_pylate_files(target, opened.config, opened.processor)
+    verify_weights(target, written)
+    verify_weights(target / DENSE_FOLDER, dense)
+    if opened.processor.marker_mode != "insert":
+        opened.notes.append("PyLate inserts markers; this checkpoint was made for 'replace': vectors differ a little.")
+    if opened.config.similarity != "cosine":
+        opened.notes.append(f"PyLate scores by cosine, which ranks as {opened.config.similarity!r} does.")
+    return [written, dense], dropped
 
 
 def official_metadata(config: ColBERTXMConfig, processor: ColBERTXMProcessor) -> dict[str, Any]:
@@ -188,56 +217,35 @@ def official_metadata(config: ColBERTXMConfig, processor: ColBERTXMProcessor) ->
     }
 
 
-def _detect_layout(folder: Path) -> str:
-    path = folder / "config.json"
-    if not path.exists():
-        raise ConversionError(f"{folder} has no config.json; expected a checkpoint folder")
-    config = read_json(path)
-    if config.get("model_type") == FAMILY:
-        return "rarezoo"
-    if is_stanford_layout(config):
-        return "stanford"
-    raise ConversionError(
-        f"{path} describes a {config.get('model_type')!r} model with architectures {config.get('architectures')}; "
-        "expected rarezoo's layout (model_type 'colbert_xm') or colbert-ai's ('xmod' with 'HF_ColBERT')"
-    )
-
-
-def _read_config(folder: Path, languages: Sequence[str] | str | None) -> ColBERTXMConfig:
-    try:
-        config = ColBERTXMConfig.from_pretrained(folder, local_files_only=True)
-        if languages is not None:
-            config.keep_languages(languages)
-    except (StrictDataclassError, TypeError, ValueError) as error:
-        raise ConversionError(f"the configuration of {folder} is not valid: {error}") from error
-    config.architectures = [ColBERTXMForRetrieval.__name__]
-    return config
-
-
-def _read_processor(folder: Path, config: ColBERTXMConfig, options: Mapping[str, Any]) -> ColBERTXMProcessor:
-    try:
-        processor = ColBERTXMProcessor.from_pretrained(folder, local_files_only=True, **options)
-    except (KeyError, OSError, TypeError, ValueError) as error:
-        raise ConversionError(f"no processor can be made from {folder}: {error}") from error
-    if len(processor.tokenizer) > config.vocab_size:
-        raise ConversionError(
-            f"the tokenizer has {len(processor.tokenizer)} tokens, but the weights have vocab_size "
-            f"{config.vocab_size}; they do not belong together"
-        )
-    return processor
+def _expected(opened: Source) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the tensors to write: the model's, and the pooler where the source has it."""
+    config = opened.config
+    with torch.device("meta"):
+        shapes = expected_shapes(ColBERTXMForRetrieval(config))
+    if all(name in opened.weights for name in _POOLER):
+        shapes |= {_POOLER[0]: (config.hidden_size, config.hidden_size), _POOLER[1]: (config.hidden_size,)}
+    return shapes
 
 
 def _write_weights(
-    folder: Path, config: ColBERTXMConfig, target: Path, dtype: str | torch.dtype | None, max_shard_size: int | str
+    opened: Source,
+    target: Path,
+    dtype: str | torch.dtype | None,
+    max_shard_size: int | str,
+    names: Mapping[str, str] | None = None,
 ) -> tuple[WrittenWeights, dict[str, str]]:
-    reader = CheckpointReader(folder)
-    with torch.device("meta"):
-        shapes = expected_shapes(ColBERTXMForRetrieval(config))
-    if all(name in reader for name in _POOLER):
-        shapes |= {_POOLER[0]: (config.hidden_size, config.hidden_size), _POOLER[1]: (config.hidden_size,)}
-    plan = plan_conversion((*RULES, *_adapter_rules(reader, config)), reader.entries, shapes, folder)
-    written = write_weights(plan, reader, shapes, target, dtype=parse_dtype(dtype), max_shard_size=max_shard_size)
-    config.dtype = written.dtype
+    """Write all tensors under their names, or those of `names` (ours -> the target's) under new ones."""
+    shapes = _expected(opened)
+    rules = [*RULES, *_adapter_rules(opened.weights, opened.config)]
+    plan = plan_conversion(rules, opened.weights.entries, shapes, opened.folder)
+    if names is not None:
+        steps = (Step(step.sources, (names[step.targets[0]],)) for step in plan.steps if step.targets[0] in names)
+        plan = Plan(tuple(steps), plan.dropped)
+        shapes = {names[name]: shape for name, shape in shapes.items() if name in names}
+    written = write_weights(
+        plan, opened.weights, shapes, target, dtype=parse_dtype(dtype), max_shard_size=max_shard_size
+    )
+    opened.config.dtype = written.dtype
     return written, plan.dropped
 
 
@@ -253,10 +261,10 @@ def _adapter_rules(reader: CheckpointReader, config: ColBERTXMConfig) -> list[Ru
     return rules
 
 
-def _write_official_config(config: ColBERTXMConfig, written: WrittenWeights, target: Path) -> None:
+def _write_official_config(config: ColBERTXMConfig, written: WrittenWeights, architecture: str, target: Path) -> None:
     fields = {name: getattr(config, name) for name in XmodConfig.__annotations__}
-    official = XmodConfig(**fields, dtype=written.dtype, architectures=["HF_ColBERT"])
-    # As older versions of transformers, with which colbert-ai runs, want it.
+    official = XmodConfig(**fields, dtype=written.dtype, architectures=[architecture])
+    # As older versions of transformers, with which colbert-ai and PyLate run, want it.
     content = {**official.to_dict(), "position_embedding_type": "absolute"}
     content["torch_dtype"] = content.pop("dtype", None)
     write_json(target / "config.json", content)
@@ -288,16 +296,45 @@ def _check_processor(target: Path, config: ColBERTXMConfig) -> None:
         raise ConversionError(f"the processor written to {target} does not fit the configuration")
 
 
-def _report(source, source_layout, to, destination, written, dropped, notes=()) -> ConversionReport:
+def _check_official(target: Path, opened: Source) -> None:
+    """The written folder says what the source's processor does; markers are compared by their ids."""
+    mode = opened.processor.marker_mode
+    found = open_checkpoint(target, processor_options={"marker_mode": mode}).processor
+    if _behaviour(found) != _behaviour(opened.processor):
+        raise ConversionError(
+            f"the files written to {target} do not give the processor's settings: {_behaviour(found)} instead of "
+            f"{_behaviour(opened.processor)}"
+        )
+
+
+def _behaviour(processor: ColBERTXMProcessor) -> dict[str, Any]:
+    markers = [processor.query_marker, processor.document_marker]
+    return {
+        "markers": processor.tokenizer.convert_tokens_to_ids(markers),
+        "lengths": (processor.max_query_length, processor.max_document_length),
+        "attend_to_mask_tokens": processor.attend_to_mask_tokens,
+        "skiplist": processor.skiplist_ids,
+    }
+
+
+def _report(
+    source: str | os.PathLike,
+    opened: Source,
+    destination: str | os.PathLike,
+    layout: str,
+    parts: list[WrittenWeights],
+    dropped: dict[str, str],
+) -> ConversionReport:
     folder = FolderReport(
         str(destination),
-        "stanford" if to == "official" else to,
-        tensors=len(written.tensors),
-        parameters=written.parameters,
-        size_bytes=written.size_bytes,
-        files=len(written.files),
-        dtype=str(written.dtype).removeprefix("torch."),
+        layout,
+        tensors=sum(len(written.tensors) for written in parts),
+        parameters=sum(written.parameters for written in parts),
+        size_bytes=sum(written.size_bytes for written in parts),
+        files=sum(len(written.files) for written in parts),
+        dtype=str(parts[0].dtype).removeprefix("torch."),
         dropped=dropped,
-        notes=tuple(notes),
+        notes=tuple(opened.notes),
     )
-    return ConversionReport(FAMILY, str(source), source_layout, to, (folder,))
+    to = "rarezoo" if layout == "rarezoo" else "official"
+    return ConversionReport(FAMILY, str(source), opened.layout, to, (folder,))

@@ -25,9 +25,15 @@ DEFAULTS: dict[str, Any] = {
 _DOWNLOAD_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
-def is_stanford_layout(config: Mapping[str, Any]) -> bool:
-    """Whether `config.json` is an official checkpoint's."""
-    return config.get("model_type") == "xmod" and "HF_ColBERT" in (config.get("architectures") or [])
+def is_stanford_layout(config: Mapping[str, Any], source: str | Path | None = None, **kwargs: Any) -> bool:
+    """Whether `config.json` is an official checkpoint's: it names colbert-ai's class, or names none and the folder or
+    repository `source` has an `artifact.metadata`."""
+    if config.get("model_type") != "xmod":
+        return False
+    architectures = config.get("architectures")
+    if architectures or source is None:
+        return "HF_ColBERT" in (architectures or [])
+    return _find_metadata(source, **kwargs) is not None
 
 
 def read_metadata(source: str | Path, **kwargs: Any) -> dict[str, Any]:
@@ -39,11 +45,7 @@ def read_metadata(source: str | Path, **kwargs: Any) -> dict[str, Any]:
     Raises:
         ValueError: the file is not JSON.
     """
-    options = {name: kwargs[name] for name in _DOWNLOAD_OPTIONS if kwargs.get(name) is not None}
-    path = cached_file(
-        source, METADATA_NAME, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_gated_repo=False,
-        **options,
-    )  # fmt: skip
+    path = _find_metadata(source, **kwargs)
     if path is None:
         logger.warning(f"{source} has no {METADATA_NAME}: colbert-ai's default lengths, markers and masks are used")
         return dict(DEFAULTS)
@@ -51,10 +53,35 @@ def read_metadata(source: str | Path, **kwargs: Any) -> dict[str, Any]:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
+    return usable_fields(content, path)
+
+
+def _find_metadata(source: str | Path, **kwargs: Any) -> str | None:
+    options = {name: kwargs[name] for name in _DOWNLOAD_OPTIONS if kwargs.get(name) is not None}
+    return cached_file(
+        source, METADATA_NAME, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_gated_repo=False,
+        **options,
+    )  # fmt: skip
+
+
+def usable_fields(content: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
+    """The fields of `DEFAULTS` from a dump of colbert-ai's settings; `path` is named in warnings."""
     return {name: _usable(name, content.get(name, default), default, path) for name, default in DEFAULTS.items()}
 
 
-def _usable(name: str, value: Any, default: Any, path: str) -> Any:
+def processor_settings(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of `ColBERTXMProcessor` from the fields of `DEFAULTS`; `marker_mode` is not among them."""
+    return {
+        "max_query_length": metadata["query_maxlen"],
+        "max_document_length": metadata["doc_maxlen"],
+        "query_marker": metadata["query_token_id"],
+        "document_marker": metadata["doc_token_id"],
+        "attend_to_mask_tokens": metadata["attend_to_mask_tokens"],
+        "mask_punctuation": metadata["mask_punctuation"],
+    }
+
+
+def _usable(name: str, value: Any, default: Any, path: str | Path) -> Any:
     fits = type(value) is type(default) and (not isinstance(value, int) or isinstance(value, bool) or value > 0)
     if fits:
         return value

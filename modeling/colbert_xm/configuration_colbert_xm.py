@@ -122,7 +122,7 @@ class ColBERTXMConfig(XmodConfig):
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         """As in transformers; an official checkpoint (an X-MOD `config.json`) is read with its `artifact.metadata`."""
         config, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if is_stanford_layout(config):
+        if is_stanford_layout(config, pretrained_model_name_or_path, **kwargs):
             metadata = read_metadata(pretrained_model_name_or_path, **kwargs)
             fields = ("_name_or_path", "architectures", "model_type", "position_embedding_type")
             config = {name: value for name, value in config.items() if name not in fields}

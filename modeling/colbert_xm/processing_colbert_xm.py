@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer, BatchEncoding, PreTrainedConfig
 from transformers.processing_utils import ProcessorMixin
 
-from .colbert_metadata import is_stanford_layout, marker_mode_of, read_metadata
+from .colbert_metadata import is_stanford_layout, marker_mode_of, processor_settings, read_metadata
 
 MARKER_MODES = ("insert", "replace")
 # colbert-ai's cap on queries that are not cut to `query_maxlen` (`full_length_search`).
@@ -40,6 +40,9 @@ class ColBERTXMProcessor(ProcessorMixin):
             Drop the vectors of punctuation from documents: of each ASCII punctuation symbol the first id into which the
             tokenizer splits it when it stands alone. With XLM-R's vocabulary that is "▁" for most of them, not the
             symbol; the published weights were trained so.
+        skiplist_tokens (`list[str]`, *optional*):
+            Tokens whose vectors documents do not keep, instead of those that `mask_punctuation` finds: for checkpoints
+            that PyLate trained with a list of its own.
     """
 
     _auto_class = "AutoProcessor"
@@ -54,6 +57,7 @@ class ColBERTXMProcessor(ProcessorMixin):
         marker_mode: str = "insert",
         attend_to_mask_tokens: bool = True,
         mask_punctuation: bool = True,
+        skiplist_tokens: list[str] | None = None,
         chat_template=None,
     ):
         if marker_mode not in MARKER_MODES:
@@ -64,6 +68,8 @@ class ColBERTXMProcessor(ProcessorMixin):
         for field, value in (("query_marker", query_marker), ("document_marker", document_marker)):
             if not isinstance(value, str) or not value:
                 raise ValueError(f"{field} must be a token; found {value!r}")
+        if skiplist_tokens is not None and not all(isinstance(token, str) for token in skiplist_tokens):
+            raise ValueError(f"skiplist_tokens must be a list of tokens; found {skiplist_tokens!r}")
         super().__init__(tokenizer, chat_template=chat_template)
         self.max_query_length = max_query_length
         self.max_document_length = max_document_length
@@ -72,23 +78,16 @@ class ColBERTXMProcessor(ProcessorMixin):
         self.marker_mode = marker_mode
         self.attend_to_mask_tokens = attend_to_mask_tokens
         self.mask_punctuation = mask_punctuation
+        self.skiplist_tokens = skiplist_tokens
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """As in transformers; of an official checkpoint the settings come from its `artifact.metadata`."""
         config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if not is_stanford_layout(config):
+        if not is_stanford_layout(config, pretrained_model_name_or_path, **kwargs):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         metadata = read_metadata(pretrained_model_name_or_path, **kwargs)
-        settings = {
-            "max_query_length": metadata["query_maxlen"],
-            "max_document_length": metadata["doc_maxlen"],
-            "query_marker": metadata["query_token_id"],
-            "document_marker": metadata["doc_token_id"],
-            "marker_mode": marker_mode_of(config),
-            "attend_to_mask_tokens": metadata["attend_to_mask_tokens"],
-            "mask_punctuation": metadata["mask_punctuation"],
-        }
+        settings = {**processor_settings(metadata), "marker_mode": marker_mode_of(config), "skiplist_tokens": None}
         settings.update({name: kwargs.pop(name) for name in list(kwargs) if name in settings})
         return cls(AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs), **settings)
 
@@ -149,6 +148,8 @@ class ColBERTXMProcessor(ProcessorMixin):
     @cached_property
     def skiplist_ids(self) -> list[int]:
         """Ids, ascending, whose vectors documents do not keep."""
+        if self.skiplist_tokens is not None:
+            return sorted({self.tokenizer.convert_tokens_to_ids(token) for token in self.skiplist_tokens})
         if not self.mask_punctuation:
             return []
         return sorted({ids[0] for ids in self._tokenize(list(string.punctuation), special_tokens=False)})
