@@ -100,7 +100,8 @@ def _line(error: Exception) -> str | None:
     if isinstance(error, _UsageError):
         command = getattr(getattr(error, "ctx", None), "command_path", "rarezoo")
         message = error.format_message().rstrip(".")  # type: ignore[attr-defined]
-        return " ".join(f"{message}. See `{command} --help`.".split())
+        stop = "" if message.endswith("?") else "."
+        return " ".join(f"{message}{stop} See `{command} --help`.".split())
     if isinstance(error, ModuleNotFoundError) and (extra := _EXTRAS.get((error.name or "").split(".")[0])):
         return f"this needs {error.name}: pip install 'rarezoo[{extra}]'"
     if isinstance(error, ImportError) and "pip install" not in str(error):

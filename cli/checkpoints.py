@@ -25,8 +25,21 @@ def check_source(model: str) -> None:
         raise FileNotFoundError(f"{model} is a folder without config.json: expected a checkpoint")
     if folder.exists():
         raise FileNotFoundError(f"{model} is a file: expected a checkpoint folder or a Hub repository OWNER/NAME")
-    if model.startswith((".", "/", "~")) or not _HUB_NAME.fullmatch(model):
+    check_found(model)
+
+
+def check_found(model: str) -> None:
+    """Raise `FileNotFoundError` unless `model` exists on disk or has the form of a Hub repository's name."""
+    hub_name = _HUB_NAME.fullmatch(model) and not model.startswith((".", "/", "~"))
+    if not hub_name and not Path(model).expanduser().exists():
         raise FileNotFoundError(f"no folder {model}: expected a checkpoint folder or a Hub repository OWNER/NAME")
+
+
+def check_new_folder(folder: str | Path) -> None:
+    """Raise `FileExistsError` unless the folder is empty or does not exist."""
+    path = Path(folder)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{folder} already exists and is not an empty folder; give another output folder")
 
 
 def load_config(model: str) -> tuple[Family, Any]:

@@ -12,7 +12,8 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
-from rarezoo.auto import FAMILIES
+from rarezoo.cli.checkpoints import check_found, check_new_folder
+from rarezoo.cli.family_names import FamilyArgument
 from rarezoo.cli.options import JsonOption
 from rarezoo.cli.output import megabytes, print_json
 
@@ -29,7 +30,7 @@ _TYPE_NAMES: dict[Any, str] = {
 
 
 def convert(
-    family: Annotated[str, typer.Argument(metavar="FAMILY", help="A name that `rarezoo list` shows.")],
+    family: FamilyArgument,
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="Checkpoint folder, or Hub repository OWNER/NAME.")],
     destination: Annotated[str, typer.Argument(metavar="DESTINATION", help="New folder.")],
     to: Annotated[str, typer.Option(help="rarezoo, or official.")] = "rarezoo",
@@ -52,6 +53,8 @@ def convert(
     It is read tensor by tensor. Every tensor is accounted for, and the result is opened again before it gets its name.
     """
     options = read_assignments("--option", option or [])
+    check_found(source)
+    check_new_folder(destination)
     _check_options(options, family, to)
     if base is not None:
         options["base"] = base
@@ -81,11 +84,10 @@ def _check_options(options: dict[str, Any], family: str, to: str) -> None:
     for name in ("family", "source", "destination", "to", "dtype", "max_shard_size"):
         if name in options:
             raise ValueError(f"--option {name}: it is an argument of the command itself, see `rarezoo convert --help`")
-    if family in FAMILIES:
-        converter = getattr(importlib.import_module(f"rarezoo.conversion.convert_{family}"), f"to_{to}", None)
-        hints = get_type_hints(converter) if converter else {}
-        for name, value in options.items():
-            check_type("--option", name, value, hints.get(name, Any))
+    converter = getattr(importlib.import_module(f"rarezoo.conversion.convert_{family}"), f"to_{to}", None)
+    hints = get_type_hints(converter) if converter else {}
+    for name, value in options.items():
+        check_type("--option", name, value, hints.get(name, Any))
 
 
 def check_type(option: str, name: str, value: Any, hint: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from rarezoo.auto import FAMILIES, Family
+from rarezoo.cli.family_names import meant_preset, presets_named
 from rarezoo.cli.options import JsonOption
 from rarezoo.cli.output import megabytes, print_json, print_pairs
 
@@ -16,20 +17,47 @@ from rarezoo.cli.output import megabytes, print_json, print_pairs
 def info(
     model: Annotated[
         str,
-        typer.Argument(metavar="MODEL", help="Preset FAMILY/NAME, checkpoint folder, or Hub repository OWNER/NAME."),
+        typer.Argument(
+            metavar="MODEL", help="Preset FAMILY/NAME, FAMILY, checkpoint folder, or Hub repository OWNER/NAME."
+        ),
     ],
     json: JsonOption = False,
 ) -> None:
     """Describe a preset or a checkpoint.
 
-    Shows its configuration, parameters, files, training recipe and quantization.
+    Shows its configuration, parameters, files, training recipe and quantization; of a family, its presets.
     """
-    family_name, _, preset = model.partition("/")
-    answer = _describe_preset(family_name, preset) if family_name in FAMILIES else _describe_checkpoint(model)
+    first, _, preset = model.partition("/")
+    family = first.replace("-", "_")
+    local = (Path(model).expanduser() / "config.json").is_file()
+    if family in FAMILIES and (not local or (family == first and preset)):
+        answer = _describe_preset(family, preset) if preset else _describe_presets(family)
+    else:
+        _check_spelling(model)
+        answer = _describe_checkpoint(model)
     if json:
         print_json(answer)
     else:
         print_pairs(_lines(answer))
+
+
+def _check_spelling(model: str) -> None:
+    """Before a search on the Hub, which may be long: name the preset that was probably meant."""
+    if model.startswith((".", "/", "~")) or Path(model).exists():
+        return
+    meant = meant_preset(model)
+    if meant is not None:
+        raise ValueError(f"no preset or checkpoint {model}; did you mean {meant}?")
+    namesakes = presets_named(model.partition("/")[2])
+    if namesakes:
+        typer.echo(f"looking for the Hub repository {model}; the preset is {' or '.join(namesakes)}", err=True)
+
+
+def _describe_presets(family_name: str) -> dict[str, Any]:
+    from rarezoo.configs import list_presets
+
+    presets = [f"{family_name}/{name}" for name in list_presets(family_name)]
+    return {**_describe_family(FAMILIES[family_name]), "presets": presets}
 
 
 def _describe_preset(family_name: str, name: str) -> dict[str, Any]:
@@ -117,19 +145,39 @@ def _hub_files(model: str) -> dict[str, int] | None:
 
 
 def _lines(answer: dict[str, Any]) -> list[tuple[str, str]]:
-    lines = [
-        ("checkpoint" if "checkpoint" in answer else "preset", answer.get("checkpoint") or answer["preset"]),
-        ("family", f"{answer['family']} ({answer['title']}, {answer['representation']})"),
-        ("parameters", f"{answer['parameters']:,}"),
-    ]
+    lines: list[tuple[str, str]] = [(name, answer[name]) for name in ("checkpoint", "preset") if name in answer]
+    lines.append(("family", f"{answer['family']} ({answer['title']}, {answer['representation']})"))
+    lines += [("presets" if position == 0 else "", name) for position, name in enumerate(answer.get("presets", []))]
+    if "parameters" in answer:
+        lines.append(("parameters", f"{answer['parameters']:,}"))
     if "source" in answer:
         lines.append(("source", answer["source"]))
     if "quantization" in answer:
         lines.append(("quantization", answer["quantization"]["scheme"]))
-    for section in ("config", "processor", "training_recipe"):
-        for position, (name, value) in enumerate((answer.get(section) or {}).items()):
+    sections = {name: answer.get(name) or {} for name in ("config", "processor", "training_recipe")}
+    if "checkpoint" in answer:
+        sections["config"] = _without_defaults(sections["config"])
+    sections["training_recipe"] = _without_nulls(sections["training_recipe"])
+    for section, values in sections.items():
+        for position, (name, value) in enumerate(values.items()):
             title = section.replace("_", " ") if position == 0 else ""
             lines.append((title, f"{name} = {json_format.dumps(value, default=str, ensure_ascii=False)}"))
     for position, (name, size) in enumerate((answer.get("files") or {}).items()):
         lines.append(("files" if position == 0 else "", f"{name}, {megabytes(size)}"))
     return lines
+
+
+def _without_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without the fields of every transformers model that say nothing of this one, such as id2label."""
+    from transformers import PreTrainedConfig
+
+    defaults = PreTrainedConfig().to_dict()
+    return {name: value for name, value in config.items() if name not in defaults or value != defaults[name]}
+
+
+def _without_nulls(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _without_nulls(value) if isinstance(value, dict) else value
+        for name, value in values.items()
+        if value is not None
+    }

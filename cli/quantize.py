@@ -7,14 +7,18 @@ from typing import Annotated
 
 import typer
 
+from rarezoo.cli.checkpoints import check_new_folder, check_source, load_config
 from rarezoo.cli.options import JsonOption
 from rarezoo.cli.output import print_json
+
+# The names of `rarezoo.quantization.SCHEMES`, which takes torch to import; a test compares them.
+_SCHEMES = ("nf4", "nf4-double", "fp4", "fp4-double", "int8", "bf16", "int8-torchao", "int8-torchao-dynamic")
 
 
 def quantize(
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Checkpoint folder.")],
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="New folder.")],
-    scheme: Annotated[str, typer.Option(help="nf4, fp4, int8, bf16, int8-torchao, …")] = "nf4",
+    scheme: Annotated[str, typer.Option(help=f"{', '.join(_SCHEMES)}.")] = "nf4",
     compute_dtype: Annotated[
         str | None, typer.Option(help="float32 or bfloat16: dtype of all that is not quantized.")
     ] = None,
@@ -28,7 +32,12 @@ def quantize(
 
     The copy carries a report on what changed: outputs, file size, memory and speed, and nDCG@10 with --evaluation.
     """
-    from rarezoo.cli.checkpoints import load_config
+    if not source.exists():
+        raise FileNotFoundError(f"no folder {source}: expected a checkpoint folder")
+    check_source(str(source))
+    if scheme not in _SCHEMES:
+        raise ValueError(f"unknown scheme {scheme!r}; known schemes: {', '.join(_SCHEMES)}")
+    check_new_folder(output)
     from rarezoo.quantization import EvaluationSet
     from rarezoo.quantization import quantize as write_quantized
     from rarezoo.quantization.fidelity import render_markdown

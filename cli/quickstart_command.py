@@ -8,11 +8,13 @@ from typing import Annotated
 
 import typer
 
-_TOURS = {"mistral-splade": "rarezoo.cli.quickstart"}
+from rarezoo.cli.family_names import FamilyArgument
+
+_TOURS = {"mistral_splade": "rarezoo.cli.quickstart"}
 
 
 def quickstart(
-    family: Annotated[str, typer.Argument(metavar="FAMILY", help=f"{', '.join(_TOURS)}.")] = "mistral-splade",
+    family: FamilyArgument = "mistral_splade",
     output: Annotated[Path, typer.Option(help="Folder for the checkpoint, the index and the picture.")] = Path(
         "runs/quickstart"
     ),
@@ -22,7 +24,7 @@ def quickstart(
     Trains a small model on the documentation strings of this machine, saves it, loads it without the package, indexes,
     searches, explains and quantizes. Nothing is downloaded.
     """
-    module = _TOURS.get(family.replace("_", "-"))
+    module = _TOURS.get(family)
     if module is None:
         raise ValueError(f"no quickstart for {family!r}; expected {', '.join(_TOURS)}")
     importlib.import_module(module).run(output)

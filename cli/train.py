@@ -35,6 +35,7 @@ def train(
     `accelerate launch -m rarezoo.cli train …`.
     """
     changes = read_assignments("--set", change or [])
+    _check_paths(recipe, output, resume)
     from rarezoo.training import SparseTrainingRecipe
     from rarezoo.training import train as run_recipe
 
@@ -52,6 +53,15 @@ def train(
     for name, value in result.items():
         if name not in ("steps", "train_runtime", "output_dir", "step", "epoch"):
             typer.echo(f"  {name} {value:.4g}" if isinstance(value, float) else f"  {name} {value}")
+
+
+def _check_paths(recipe: Path, output: Path, resume: bool) -> None:
+    """What needs no heavy import to be seen, first."""
+    file = recipe / "training_recipe.json" if recipe.is_dir() else recipe
+    if not file.is_file():
+        raise FileNotFoundError(f"no training recipe at {file}")
+    if not resume and output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"{output} is not empty; choose another folder, or resume the run that began there")
 
 
 def _set(settings: dict[str, Any], recipe: SparseTrainingRecipe, name: str, value: Any) -> None:

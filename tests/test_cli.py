@@ -123,6 +123,41 @@ def test_info_of_a_preset():
     assert "7,241,732,096" in call("info", "mistral_splade/mistral-7b-v0.1").stdout
 
 
+def test_info_of_a_family():
+    for name in ("mistral_splade", "mistral-splade"):
+        presets = [f"mistral_splade/{preset}" for preset in rarezoo.list_presets("mistral_splade")]
+        assert answer("info", name)["presets"] == presets
+        assert set(presets) <= set(call("info", name).stdout.split())
+    assert answer("info", "colbert-xm/tiny") == answer("info", "colbert_xm/tiny")
+
+
+def test_info_looks_for_a_repository_with_the_name_of_a_preset(splade_checkpoint, tmp_path, monkeypatch):
+    """Only the owner tells it from a preset: a hint, no refusal. A folder is never taken for a preset."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("rarezoo.cli.info._describe_checkpoint", lambda model: pytest.fail(f"looked for {model}"))
+    with pytest.raises(pytest.fail.Exception, match="looked for antoinelouis/colbert-xm"):
+        CliRunner().invoke(app, ["info", "antoinelouis/colbert-xm"], catch_exceptions=False)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(splade_checkpoint, "mistral-splade/tiny")
+    assert answer("info", "mistral-splade/tiny")["checkpoint"] == "mistral-splade/tiny"
+    assert answer("info", "mistral_splade/tiny")["preset"] == "mistral_splade/tiny"
+
+
+def test_info_for_people_leaves_out_what_says_nothing(splade_checkpoint, tmp_path):
+    checkpoint = shutil.copytree(splade_checkpoint, tmp_path / "checkpoint")
+    recipe = {"preset": "tiny", "model": None, "objective": {"flops_threshold": None, "kl_weight": 0.0}}
+    (checkpoint / "training_recipe.json").write_text(json.dumps(recipe))
+    shown = call("info", checkpoint).stdout
+    for name in ("id2label", "chunk_size_feed_forward", "problem_type", "flops_threshold", "model = null"):
+        assert name not in shown, name
+    assert 'preset = "tiny"' in shown and "kl_weight" in shown and "vocab_size = 160" in shown
+    assert 'hidden_act = "silu"' in shown, "a default of the family is not one of every model"
+    assert (
+        "id2label" in answer("info", checkpoint)["config"] and "model" in answer("info", checkpoint)["training_recipe"]
+    )
+
+
 def test_info_of_a_checkpoint(splade_checkpoint, model, inputs):
     found = answer("info", splade_checkpoint)
     assert found["family"] == "mistral_splade"
@@ -431,16 +466,22 @@ def error_line(*arguments) -> str:
     ("arguments", "fragment"),
     [
         ("sell", "No such command 'sell'"),
+        ("serch index", "Did you mean 'search'? See `rarezoo --help`."),
         ("encode model", "Missing argument 'CORPUS'. See `rarezoo encode --help`."),
         ("index build embeddings", "Missing argument 'INDEX'. See `rarezoo index build --help`."),
         ("list --color", "No such option: --color"),
         ("encode {model} {collection} out --batch-size 0", "greater than or equal to 1"),
-        ("info mistral_splade", "unknown preset ''"),
         ("info mistral_splade/huge", "known presets: mistral-1b"),
+        ("info mistral-splade/huge", "known presets: mistral-1b"),
+        ("info mistral_spalde", "did you mean mistral_splade?"),
+        ("info mistral_spalde/tiny", "no preset or checkpoint mistral_spalde/tiny; did you mean mistral_splade/tiny?"),
+        ("info splade/tiny", "did you mean mistral_splade/tiny?"),
+        ("info colbert-mx/colbertxm", "did you mean colbert_xm/colbert-xm?"),
+        ("info tiny", "did you mean mistral_splade/tiny or colbert_xm/tiny?"),
         ("info {tmp}/nothing", "expected a checkpoint folder or a Hub repository OWNER/NAME"),
         ("info {collection}", "is a folder without config.json"),
         ("info {collection}/corpus.jsonl", "is a file"),
-        ("info {fixtures}", "has model_type 'mistral'; expected one of mistral_splade"),
+        ("info {fixtures}", "has model_type 'mistral'; expected one of colbert_xm, mistral_splade"),
         ("info {fixtures}/adapter_linear", "is a LoRA adapter without its base"),
         ("explain {fixtures} text", "has model_type 'mistral'"),
         ("explain {model} text --device tpu9", "--device must be cpu, cuda or cuda:NUMBER"),
@@ -464,7 +505,9 @@ def error_line(*arguments) -> str:
         ("export {embeddings} {collection}/corpus.jsonl --to qdrant", "exists"),
         ("export {model} {tmp}/out --to inference-free", "give --corpus"),
         ("convert mistral_splade {tmp}/nothing {tmp}/out", "nothing"),
-        ("convert bert {fixtures} {tmp}/out", "no converter for family 'bert'"),
+        ("convert bert {fixtures} {tmp}/out", "unknown family 'bert'; known families: mistral_splade"),
+        ("convert colbert-mx {fixtures} {tmp}/out", "unknown family 'colbert-mx'; did you mean colbert_xm?"),
+        ("quickstart mistral_spalde", "unknown family 'mistral_spalde'; did you mean mistral_splade?"),
         ("convert mistral_splade {fixtures} {tmp}/out --option role", "--option must be NAME=VALUE"),
         ("convert mistral_splade {fixtures} {tmp}/out --option colour=red", "unknown option colour"),
         ("convert mistral_splade {fixtures} {collection}", "not an empty folder"),
@@ -472,7 +515,7 @@ def error_line(*arguments) -> str:
         ("quantize {fixtures} {tmp}/out", "has model_type 'mistral'"),
         ("card {tmp}", "config.json"),
         ("push {tmp} owner/name", "config.json"),
-        ("quickstart bert", "no quickstart for 'bert'"),
+        ("quickstart bert", "unknown family 'bert'"),
     ],
 )
 def test_a_users_error_is_one_line(

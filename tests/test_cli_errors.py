@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rarezoo.cli.evaluate import _write_json
+from rarezoo.cli.quantize import _SCHEMES
 from rarezoo.mistral_splade import MistralSpladeConfig, MistralSpladeForRetrieval, MistralSpladeProcessor
-from rarezoo.quantization import quantize
+from rarezoo.quantization import SCHEMES, quantize
 from rarezoo.retrieval import read_run
 
 from .commands import call, refused, write_collection
@@ -300,6 +301,51 @@ def test_eval_prints_what_it_cannot_store(checkpoint, collection, monkeypatch):
     monkeypatch.setattr("rarezoo.cli.evaluate._write_json", fail)
     found = call("eval", checkpoint, collection, "--save", "--json", code=2)
     assert json.loads(found.stdout)["metrics"]["nDCG@10"] > 0
+
+
+# --- what is cheap to see is seen first -------------------------------------------------------------------------------
+
+
+_WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = None  # its import fails
+from rarezoo.cli import app
+app(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments, part",
+    [
+        ("info mistral_spalde/tiny", "did you mean mistral_splade/tiny?"),
+        ("convert mistral-splade ./nowhere out", "no folder ./nowhere"),
+        ("convert mistral-splade {whole} {whole}", "already exists and is not an empty folder"),
+        ("convert mistral_spalde {whole} out", "did you mean mistral_splade?"),
+        ("train nowhere.yaml out", "no training recipe at nowhere.yaml"),
+        ("train {whole} out", "no training recipe at {whole}/training_recipe.json"),
+        ("train recipe.yaml {whole}", "{whole} is not empty"),
+        ("quantize ./nowhere out", "no folder nowhere"),
+        ("quantize no/where out", "no folder no/where"),
+        ("quantize {whole} out --scheme int3", "unknown scheme 'int3'; known schemes: nf4, "),
+        ("quantize {whole} {whole}", "already exists and is not an empty folder"),
+    ],
+)
+def test_wrong_arguments_are_noticed_before_the_heavy_imports(whole, tmp_path, arguments, part):
+    (tmp_path / "recipe.yaml").write_text("preset: tiny")
+    finished = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_TORCH, *arguments.format(whole=whole).split()],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert finished.returncode == 2, finished.stderr
+    assert part.format(whole=whole) in finished.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.yaml"]
+
+
+def test_the_command_knows_every_scheme():
+    assert _SCHEMES == tuple(SCHEMES)
 
 
 # --- mistaken values --------------------------------------------------------------------------------------------------
