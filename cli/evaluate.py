@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as json_format
-import os
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,12 +10,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rarezoo.cli.options import BatchSizeOption, DeviceOption, DtypeOption, JsonOption, ModelArgument
+from rarezoo.cli.options import (
+    BatchSizeOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    LanguageOption,
+    ModelArgument,
+    PrecisionOption,
+)
 from rarezoo.cli.output import print_json, print_pairs
 
 if TYPE_CHECKING:
     from rarezoo.cli.queries import QueryEncoder
-    from rarezoo.retrieval import SparseEmbeddings, SparseIndex
+    from rarezoo.retrieval import MultiVectorEmbeddings, MultiVectorIndex, SparseEmbeddings, SparseIndex
 
 EVALUATION_FILE = "evaluation.json"
 
@@ -38,6 +45,8 @@ def evaluate(
         str | None, typer.Option(help="Encode queries with this folder of `export --to inference-free` instead.")
     ] = None,
     save: Annotated[bool, typer.Option("--save", help="Write the result into the checkpoint, for its card.")] = False,
+    language: LanguageOption = None,
+    precision: PrecisionOption = None,
     batch_size: BatchSizeOption = 32,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -45,9 +54,9 @@ def evaluate(
 ) -> None:
     """Measure retrieval on a test collection.
 
-    Encodes the corpus, builds an exact index, searches all judged queries and evaluates with ir-measures. As is usual
-    on BEIR, a document with the identifier of the query is the query itself and no answer, unless the judgements name
-    that pair.
+    Encodes the corpus, builds an index (exact, unless --precision says otherwise), searches all judged queries and
+    evaluates with ir-measures. As is usual on BEIR, a document with the identifier of the query is the query itself and
+    no answer, unless the judgements name that pair.
     """
     from rarezoo.cli.checkpoints import load_retriever
     from rarezoo.cli.queries import QueryEncoder
@@ -62,13 +71,15 @@ def evaluate(
         _check_identifiers(collection)
     documents = read_corpus(collection)
     retriever, processor = load_retriever(model, device, dtype)
-    encoder = QueryEncoder.load(query_model) if query_model else QueryEncoder(retriever, processor)
+    encoder = QueryEncoder.load(query_model) if query_model else QueryEncoder(retriever, processor, language)
     queries = _encode_queries(encoder, collection, set(qrels))
     if query_model:
         _check_same_space(queries, retriever, query_model)
     with nullcontext(str(output)) if output else tempfile.TemporaryDirectory(prefix="rarezoo-eval-") as folder:
-        embeddings = encode_corpus(retriever, processor, documents, Path(folder) / "documents", batch_size=batch_size)
-        index = _index(embeddings, Path(folder) / "index")
+        embeddings = encode_corpus(
+            retriever, processor, documents, Path(folder) / "documents", batch_size=batch_size, language=language
+        )
+        index = _index(embeddings, Path(folder) / "index", precision)
         run = _search(index, queries, qrels, depth)
         measured = evaluate_run(run, qrels, metrics=names)
         answer = {
@@ -117,7 +128,9 @@ def _check_identifiers(collection: Path) -> None:
                 )
 
 
-def _encode_queries(encoder: QueryEncoder, collection: Path, judged: set[str]) -> SparseEmbeddings:
+def _encode_queries(
+    encoder: QueryEncoder, collection: Path, judged: set[str]
+) -> SparseEmbeddings | MultiVectorEmbeddings:
     from rarezoo.retrieval import read_queries
 
     queries = [query for query in read_queries(collection) if query.id in judged]
@@ -126,9 +139,11 @@ def _encode_queries(encoder: QueryEncoder, collection: Path, judged: set[str]) -
     return encoder.encode([query.id for query in queries], [query.text for query in queries], True)
 
 
-def _check_same_space(queries: SparseEmbeddings, retriever: Any, query_model: str) -> None:
-    from rarezoo.retrieval import model_fingerprint
+def _check_same_space(queries: Any, retriever: Any, query_model: str) -> None:
+    from rarezoo.retrieval import SparseEmbeddings, model_fingerprint
 
+    if not isinstance(queries, SparseEmbeddings) or not hasattr(retriever.config, "top_k_query"):
+        raise ValueError(f"--query-model {query_model}: another model for the queries is for sparse vectors only")
     if queries.matrix.shape[1] != retriever.config.vocab_size:
         raise ValueError(
             f"--query-model {query_model}: its vectors have {queries.matrix.shape[1]} dimensions, those of the "
@@ -138,21 +153,27 @@ def _check_same_space(queries: SparseEmbeddings, retriever: Any, query_model: st
         raise ValueError(f"--query-model {query_model} is another model than the one that encodes the documents")
 
 
-def _index(embeddings: SparseEmbeddings, folder: Path) -> SparseIndex:
-    from rarezoo.retrieval import SparseIndex
+def _index(
+    embeddings: SparseEmbeddings | MultiVectorEmbeddings, folder: Path, precision: str | None
+) -> SparseIndex | MultiVectorIndex:
+    from rarezoo.retrieval import build_index, open_index
 
     if not folder.exists():
-        return SparseIndex.build(embeddings, folder)
-    index = SparseIndex.open(folder)
+        return build_index(embeddings, folder, precision)
+    index = open_index(folder)
+    if precision is not None and getattr(index, "precision", None) != precision:
+        raise ValueError(f"{folder} is an index of another precision: remove it or choose another --output")
     if index.fingerprint != embeddings.fingerprint or len(index) != len(embeddings):
         raise ValueError(f"{folder} is the index of other embeddings: remove it or choose another --output")
     return index
 
 
 def _search(
-    index: SparseIndex, queries: SparseEmbeddings, qrels: dict[str, dict[str, int]], depth: int
+    index: Any, queries: Any, qrels: dict[str, dict[str, int]], depth: int
 ) -> dict[str, list[tuple[str, float]]]:
-    found = index.search(queries, depth + 1, num_threads=os.cpu_count() or 1)
+    from rarezoo.cli.search import search_all
+
+    found = search_all(index, queries, depth + 1)
     run = {}
     for query, row in zip(queries.ids, found):
         itself = {query} - qrels[query].keys()

@@ -23,6 +23,10 @@ def explain(
     from rarezoo.cli.checkpoints import load_retriever
 
     retriever, processor = load_retriever(model, device, dtype)
+    if not hasattr(retriever, "explain"):
+        raise ValueError(
+            f"{model}: the vectors of {type(retriever).__name__} have no terms; only sparse models explain"
+        )
     terms = retriever.explain(text, processor=processor, top_k=top_k, kind="query" if query else "document")
     if json:
         print_json([{"token": token, "weight": round(weight, 6)} for token, weight in terms])

@@ -55,9 +55,11 @@ def export(
 def _export_embeddings(
     source: str, output: Path, to: str, model: str | None, field: str | None, shard_size: int | None
 ) -> None:
-    from rarezoo.retrieval import SparseEmbeddings, export_embeddings
+    from rarezoo.retrieval import SparseEmbeddings, export_embeddings, open_embeddings
 
-    embeddings = SparseEmbeddings.open(source)
+    embeddings = open_embeddings(source)
+    if not isinstance(embeddings, SparseEmbeddings):
+        raise ValueError(f"{source} holds several vectors per text; --to {to} takes sparse vectors")
     tokens = None
     if model is not None:
         from rarezoo.cli.checkpoints import load_processor

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from rarezoo.cli.options import JsonOption
+from rarezoo.cli.options import JsonOption, PrecisionOption
 from rarezoo.cli.output import print_json
 
 EmbeddingsArgument = Annotated[Path, typer.Argument(metavar="EMBEDDINGS", help="Folder of `rarezoo encode`.")]
@@ -41,20 +41,22 @@ def _show_help(context: typer.Context) -> None:
 
 
 @app.command("build")
-def build(embeddings: EmbeddingsArgument, index: IndexArgument, json: JsonOption = False) -> None:
+def build(
+    embeddings: EmbeddingsArgument, index: IndexArgument, precision: PrecisionOption = None, json: JsonOption = False
+) -> None:
     """Build an index in a new folder."""
-    from rarezoo.retrieval import SparseEmbeddings, SparseIndex
+    from rarezoo.retrieval import build_index, open_embeddings
 
-    _report(SparseIndex.build(SparseEmbeddings.open(embeddings), index), json)
+    _report(build_index(open_embeddings(embeddings), index, precision), json)
 
 
 @app.command("add")
 def add(index: IndexArgument, embeddings: EmbeddingsArgument, json: JsonOption = False) -> None:
     """Add documents to an index."""
-    from rarezoo.retrieval import SparseEmbeddings, SparseIndex
+    from rarezoo.retrieval import open_embeddings, open_index
 
-    opened = SparseIndex.open(index)
-    opened.add(SparseEmbeddings.open(embeddings))
+    opened: Any = open_index(index)
+    opened.add(open_embeddings(embeddings))
     _report(opened, json)
 
 
@@ -65,9 +67,9 @@ def delete(
     json: JsonOption = False,
 ) -> None:
     """Delete documents from an index; `compact` frees their space."""
-    from rarezoo.retrieval import SparseIndex
+    from rarezoo.retrieval import open_index
 
-    opened = SparseIndex.open(index)
+    opened = open_index(index)
     opened.delete(ids)
     _report(opened, json)
 
@@ -75,15 +77,17 @@ def delete(
 @app.command("compact")
 def compact(index: IndexArgument, json: JsonOption = False) -> None:
     """Rewrite an index without its deleted documents."""
-    from rarezoo.retrieval import SparseIndex
+    from rarezoo.retrieval import open_index
 
-    opened = SparseIndex.open(index)
+    opened = open_index(index)
     opened.compact()
     _report(opened, json)
 
 
 def _report(index: Any, json: bool) -> None:
+    what = "postings" if hasattr(index, "num_postings") else "vectors"
+    count = getattr(index, f"num_{what}")
     if json:
-        print_json({"folder": str(index.folder), "documents": len(index), "postings": index.num_postings})
+        print_json({"folder": str(index.folder), "documents": len(index), what: count})
     else:
-        typer.echo(f"{index.folder}: {len(index):,} documents, {index.num_postings:,} postings")
+        typer.echo(f"{index.folder}: {len(index):,} documents, {count:,} {what}")

@@ -12,4 +12,12 @@ DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, … B
 DtypeOption = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16. By default what the checkpoint says.")
 ]
+LanguageOption = Annotated[
+    str | None,
+    typer.Option(help="Of the texts, for families that tell languages apart: a code as fr_XX, fr or fr-CA."),
+]
+PrecisionOption = Annotated[
+    str | None,
+    typer.Option(help="Of a multi-vector index: float32, float16, int8, 8-bit, 4-bit, 2-bit or 1-bit."),
+]
 BatchSizeOption = Annotated[int, typer.Option(min=1, help="Texts per forward pass.")]

@@ -206,7 +206,7 @@ class _Tour:
         typer.echo(f"{there['class']}: {'the same vector, bit for bit' if same else 'ANOTHER VECTOR'}")
 
     def build_index(self) -> None:
-        from rarezoo.retrieval import Document, SparseIndex, encode_corpus
+        from rarezoo.retrieval import Document, build_index, encode_corpus
 
         _title("4. Index the corpus")
         documents = [Document(pair.name, pair.document) for pair in self.pairs]
@@ -215,7 +215,7 @@ class _Tour:
         start = time.perf_counter()
         embeddings = encode_corpus(self.model, self.processor, documents, self.output / "embeddings", batch_size=64)
         encoded = time.perf_counter()
-        self.index = SparseIndex.build(embeddings, self.output / "index")
+        self.index: Any = build_index(embeddings, self.output / "index")
         built = time.perf_counter()
         size = sum(path.stat().st_size for path in (self.output / "index").iterdir())
         typer.echo(

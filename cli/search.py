@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from rarezoo.cli.explain import printable
-from rarezoo.cli.options import DeviceOption, DtypeOption, JsonOption
+from rarezoo.cli.options import DeviceOption, DtypeOption, JsonOption, LanguageOption
 from rarezoo.cli.output import print_json
 
 SNIPPET_CHARACTERS = 160
@@ -26,22 +26,23 @@ def search(
     queries: Annotated[Path | None, typer.Option(help="Instead of QUERY: a file of queries; needs --run.")] = None,
     run: Annotated[Path | None, typer.Option(help="Write the answers to this TREC run file.")] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Documents per query.")] = 10,
-    terms: Annotated[int, typer.Option(min=0, help="Matched terms shown per document.")] = 8,
+    terms: Annotated[int, typer.Option(min=0, help="Matched terms shown per document, of a sparse index.")] = 8,
+    language: LanguageOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     json: JsonOption = False,
 ) -> None:
     """Search an index.
 
-    Each answer shows its score and the terms of the query that matched, with what each contributed to the score.
+    Each answer shows its score; of a sparse index also the terms of the query that matched, with what each contributed.
     """
     if (query is None) == (queries is None) or (queries is None) != (run is None):
         raise ValueError("give either a QUERY, or --queries FILE together with --run FILE")
     from rarezoo.cli.queries import QueryEncoder
-    from rarezoo.retrieval import SparseIndex
+    from rarezoo.retrieval import open_index
 
-    opened = SparseIndex.open(index)
-    encoder = QueryEncoder.load(model, device, dtype)
+    opened = open_index(index)
+    encoder = QueryEncoder.load(model, device, dtype, language)
     if queries is not None and run is not None:
         _write_run(opened, encoder, queries, run, top_k, json)
         return
@@ -58,7 +59,9 @@ def search(
 
 def _answers(index: Any, encoder: Any, query: str, top_k: int, terms: int) -> list[dict[str, Any]]:
     embedded = encoder.encode(["query"], [query])
-    (found,) = index.search(embedded, top_k=top_k)
+    (found,) = search_all(index, embedded, top_k)
+    if not hasattr(index, "matched_terms"):
+        return [{"rank": rank, "id": name, "score": round(score, 6)} for rank, (name, score) in enumerate(found, 1)]
     return [
         {
             "rank": rank,
@@ -82,13 +85,31 @@ def _write_run(index: Any, encoder: Any, queries: Path, run: Path, top_k: int, j
     from rarezoo.retrieval import read_queries, write_run
 
     ids, texts = zip(*read_queries(queries))
-    found = index.search(encoder.encode(ids, texts, show_progress_bar=True), top_k, num_threads=os.cpu_count() or 1)
+    found = search_all(index, encoder.encode(ids, texts, show_progress_bar=True), top_k)
     write_run(dict(zip(ids, found)), run)
     answer = {"run": str(run), "queries": len(ids), "answers": sum(map(len, found))}
     if json:
         print_json(answer)
     else:
         typer.echo(f"{run}: {answer['answers']:,} answers to {answer['queries']:,} queries")
+
+
+def search_all(index: Any, queries: Any, top_k: int) -> list[list[tuple[str, float]]]:
+    """`index.search` of queries of its kind, on all cores.
+
+    Raises `ValueError` when the queries come from a model of another kind.
+    """
+    from rarezoo.retrieval import SparseEmbeddings, SparseIndex
+
+    is_sparse = isinstance(index, SparseIndex)
+    if isinstance(queries, SparseEmbeddings) != is_sparse:
+        kinds = ("sparse vectors", "several vectors per text")
+        held, found = kinds if is_sparse else reversed(kinds)
+        raise ValueError(
+            f"{index.folder} holds {held}, --model gives {found}: use the model that encoded the documents"
+        )
+    # The products of multi-vectors use all cores anyway.
+    return index.search(queries, top_k, **({"num_threads": os.cpu_count() or 1} if is_sparse else {}))
 
 
 def find_texts(corpus: Path, ids: set[str]) -> dict[str, str]:
@@ -116,11 +137,12 @@ def print_answers(answers: list[dict[str, Any]]) -> None:
         typer.echo("nothing found: no document shares a term with the query")
     for answer in answers:
         typer.echo(f"{answer['rank']:>3}. {answer['score']:9.4f}  {answer['id']}")
-        matched = [f"{printable(term['token'])} {term['contribution']:.2f}" for term in answer["terms"]]
+        terms = answer.get("terms", [])
+        matched = [f"{printable(term['token'])} {term['contribution']:.2f}" for term in terms]
         if matched:
             typer.echo(f"     {'  '.join(matched)}")
         if "text" in answer:
-            typer.echo(f"     {snippet(answer['text'], [term['token'] for term in answer['terms']])}")
+            typer.echo(f"     {snippet(answer['text'], [term['token'] for term in terms])}")
 
 
 def snippet(text: str, tokens: list[str], width: int = SNIPPET_CHARACTERS) -> str:

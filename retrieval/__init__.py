@@ -16,5 +16,10 @@ from rarezoo.retrieval.inference_free import InferenceFreeQueryEncoder as Infere
 from rarezoo.retrieval.inference_free import inverse_document_frequencies as inverse_document_frequencies
 from rarezoo.retrieval.interop import export_embeddings as export_embeddings
 from rarezoo.retrieval.interop import import_embeddings as import_embeddings
+from rarezoo.retrieval.kinds import build_index as build_index
+from rarezoo.retrieval.kinds import open_embeddings as open_embeddings
+from rarezoo.retrieval.kinds import open_index as open_index
+from rarezoo.retrieval.multi_vector_embeddings import MultiVectorEmbeddings as MultiVectorEmbeddings
+from rarezoo.retrieval.multi_vector_index import MultiVectorIndex as MultiVectorIndex
 from rarezoo.retrieval.sparse_embeddings import SparseEmbeddings as SparseEmbeddings
 from rarezoo.retrieval.sparse_index import SparseIndex as SparseIndex

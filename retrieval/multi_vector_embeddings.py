@@ -112,7 +112,7 @@ def _shard_tensors(dtype: str) -> dict[str, type]:
 
 
 def write_manifest(
-    folder: Path, num_shards: int, dim: int, dtype: str, *, complete: bool = True, **fields: Any
+    folder: Path, num_shards: int, dim: int, vectors_dtype: str, *, complete: bool = True, **fields: Any
 ) -> None:
     """List the shards that lie in `folder`, with their counts and sizes, in its manifest."""
     from rarezoo import __version__
@@ -120,7 +120,7 @@ def write_manifest(
     shards: list[dict[str, Any]] = []
     for number in range(num_shards):
         path = folder / shard_name(number)
-        tensors = storage.map_tensors(path, _shard_tensors(dtype))
+        tensors = storage.map_tensors(path, _shard_tensors(vectors_dtype))
         shards.append(
             {
                 "file": path.name,
@@ -136,7 +136,7 @@ def write_manifest(
         "complete": complete,
         **fields,
         "dim": dim,
-        "vectors_dtype": dtype,
+        "vectors_dtype": vectors_dtype,
         "num_documents": sum(shard["num_documents"] for shard in shards),
         "num_vectors": sum(shard["num_vectors"] for shard in shards),
         "versions": {"rarezoo": __version__},

@@ -411,15 +411,12 @@ def _pool_opaque_head(head, hidden, valid, pooling, activation, logit_scale) -> 
     sees all rows, since a head may treat them differently (PEFT's batches of several adapters)."""
     shares = _shares(valid, pooling, hidden.dtype)
     chunk = max(_BUFFER_ELEMENTS // ((getattr(head, "out_features", None) or 1 << 15) * hidden.shape[0]), 1)
-    pooled = None
-    for part, share in zip(hidden.split(chunk, dim=1), shares.split(chunk, dim=1)):
-        if pooling in ("sum", "mean"):
-            piece = checkpoint(_chunk_sum, head, part, share, activation, logit_scale, use_reentrant=False)
-            pooled = piece if pooled is None else pooled + piece
-        else:
-            piece = checkpoint(_chunk_maximum, head, part, use_reentrant=False)
-            pooled = piece if pooled is None else torch.maximum(pooled, piece)
-    return pooled if pooling in ("sum", "mean") else _activate_maximum(pooled, valid, activation, logit_scale)
+    parts = zip(hidden.split(chunk, dim=1), shares.split(chunk, dim=1))
+    if pooling in ("sum", "mean"):
+        pieces = (checkpoint(_chunk_sum, head, *part, activation, logit_scale, use_reentrant=False) for part in parts)
+        return functools.reduce(torch.add, pieces)
+    pieces = (checkpoint(_chunk_maximum, head, part, use_reentrant=False) for part, _ in parts)
+    return _activate_maximum(functools.reduce(torch.maximum, pieces), valid, activation, logit_scale)
 
 
 def _chunk_maximum(head, hidden) -> torch.Tensor:

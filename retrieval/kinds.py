@@ -1,0 +1,51 @@
+"""Folders of either kind of representation, opened by what they say of themselves."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from rarezoo.retrieval import storage
+from rarezoo.retrieval.multi_vector_embeddings import MultiVectorEmbeddings
+from rarezoo.retrieval.multi_vector_index import MultiVectorIndex
+from rarezoo.retrieval.sparse_embeddings import SparseEmbeddings
+from rarezoo.retrieval.sparse_index import SparseIndex
+
+
+def _is_multi_vector(manifest: Path) -> bool:
+    """What is missing, damaged or of an unknown kind is left to the sparse reader, which says so."""
+    return manifest.is_file() and storage.read_json(manifest).get("kind") == "multi-vector"
+
+
+def open_embeddings(folder: str | os.PathLike[str]) -> SparseEmbeddings | MultiVectorEmbeddings:
+    """`SparseEmbeddings.open` or `MultiVectorEmbeddings.open`; their errors."""
+    multi_vector = _is_multi_vector(Path(folder) / "embeddings.json")
+    return (MultiVectorEmbeddings if multi_vector else SparseEmbeddings).open(folder)
+
+
+def open_index(folder: str | os.PathLike[str]) -> SparseIndex | MultiVectorIndex:
+    """`SparseIndex.open` or `MultiVectorIndex.open`; their errors."""
+    multi_vector = _is_multi_vector(Path(folder) / "index.json")
+    return (MultiVectorIndex if multi_vector else SparseIndex).open(folder)
+
+
+def build_index(
+    embeddings: SparseEmbeddings | MultiVectorEmbeddings,
+    folder: str | os.PathLike[str],
+    precision: str | None = None,
+) -> SparseIndex | MultiVectorIndex:
+    """`SparseIndex.build` or `MultiVectorIndex.build`; their errors.
+
+    Args:
+        embeddings: of the documents.
+        folder: new.
+        precision: of multi-vectors, see `MultiVectorIndex.build`; None means "float32".
+
+    Raises:
+        ValueError: also for a precision of sparse vectors, which have but one.
+    """
+    if isinstance(embeddings, MultiVectorEmbeddings):
+        return MultiVectorIndex.build(embeddings, folder, precision or "float32")
+    if precision is not None:
+        raise ValueError("precision: an index of sparse vectors is exact, in float32; leave it out")
+    return SparseIndex.build(embeddings, folder)

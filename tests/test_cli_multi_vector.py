@@ -1,0 +1,137 @@
+"""The verbs of `rarezoo` on a multi-vector family: the same files, the same errors, MaxSim in place of dot products."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from rarezoo import ColBERTXMForRetrieval
+from rarezoo.conversion import convert
+from rarezoo.retrieval import MultiVectorEmbeddings, MultiVectorIndex
+
+from .commands import call, refused, write_collection
+
+DOCUMENTS = {
+    "paris": "Paris is the capital; it lies on the Seine.",
+    "loire": "la Loire est le plus long fleuve",
+    "moon": "the moon pulls the sea, and the sea rises twice a day!",
+    "blank": " ",
+}
+QUERIES = {"q1": "what is the capital of france?", "q2": "how do tides work"}
+QRELS = {"q1": {"paris": 1}, "q2": {"moon": 1}}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(colbert_fixtures, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints") / "colbert"
+    convert("colbert_xm", colbert_fixtures / "checkpoint", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    return ColBERTXMForRetrieval.from_pretrained(checkpoint).eval()
+
+
+@pytest.fixture(scope="module")
+def collection(tmp_path_factory) -> Path:
+    return write_collection(tmp_path_factory.mktemp("collections") / "small", DOCUMENTS, QUERIES, QRELS)
+
+
+@pytest.fixture(scope="module")
+def embeddings(checkpoint, collection) -> Path:
+    folder = collection.with_name("embeddings")
+    shown = call("encode", checkpoint, collection, folder, "--language", "fr-CA", "--shard-size", 3, "--batch-size", 2)
+    assert (
+        shown.stdout.startswith(f"{folder}: 4 texts, ") and "vectors of 16 dimensions each on average" in shown.stdout
+    )
+    return folder
+
+
+def test_encode(embeddings, model):
+    """Shards of the model's own vectors, in the order of the corpus."""
+    opened = MultiVectorEmbeddings.open(embeddings)
+    assert list(opened.ids) == list(DOCUMENTS)
+    expected = model.encode_documents(list(DOCUMENTS.values()), language="fr")
+    assert opened.lengths.tolist() == [len(vectors) for vectors in expected]
+    torch.testing.assert_close(torch.from_numpy(opened.vectors.copy()), torch.cat(expected), atol=1e-6, rtol=0)
+    opened.verify()
+
+
+def test_an_encoding_job_goes_on(checkpoint, collection, embeddings, tmp_path):
+    """The same files after an interruption; another language is another job."""
+    folder = tmp_path / "embeddings"
+    arguments = ("encode", checkpoint, collection, folder, "--shard-size", 3)
+    call(*arguments, "--language", "fr")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (folder / "shard-00001.safetensors").unlink()
+    call(*arguments, "--language", "fra")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert "language: 'fr_XX' there, 'en_XX' now" in refused(*arguments)
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_index_and_search(checkpoint, collection, embeddings, model, tmp_path, precision):
+    index = tmp_path / "index"
+    call("index", embeddings, index, "--precision", precision)
+    search = ("search", index, "capital", "--model", checkpoint, "--language", "fr")
+    shown = json.loads(call(*search, "--corpus", collection, "--json").stdout)
+    scores = model.score(
+        model.encode_queries("capital", language="fr"), model.encode_documents(list(DOCUMENTS.values()), language="fr")
+    )[0]
+    expected = dict(zip(DOCUMENTS, scores.tolist()))
+    assert [answer["id"] for answer in shown["answers"]] == sorted(DOCUMENTS, key=lambda name: -expected[name])
+    for answer in shown["answers"]:
+        assert answer["score"] == pytest.approx(expected[answer["id"]], abs=1e-4 if precision == "float32" else 0.2)
+        assert answer["text"] == DOCUMENTS[answer["id"]]
+    text = call(*search, "--top-k", 1).stdout
+    assert text.splitlines()[0].split()[2] == shown["answers"][0]["id"]
+
+
+def test_add_delete_compact(checkpoint, collection, embeddings, tmp_path):
+    index, more = tmp_path / "index", tmp_path / "more.jsonl"
+    more.write_text(json.dumps({"_id": "rain", "text": "rain"}) + "\n")
+    call("index", embeddings, index)
+    call("encode", checkpoint, more, tmp_path / "more", "--language", "fr")
+    answer = json.loads(call("index", "add", index, tmp_path / "more", "--json").stdout)
+    assert answer["documents"] == 5 and answer["vectors"] == MultiVectorIndex.open(index).num_vectors
+    call("index", "delete", index, "paris", "blank")
+    call("index", "compact", index)
+    assert [name in MultiVectorIndex.open(index) for name in ("paris", "rain", "moon")] == [False, True, True]
+
+
+def test_eval_and_queries_of_a_file(checkpoint, collection, embeddings, model, tmp_path):
+    arguments = ("eval", checkpoint, collection, "--output", tmp_path / "out", "--language", "en", "--json")
+    answer = json.loads(call(*arguments).stdout)
+    queries = model.encode_queries(list(QUERIES.values()))
+    scores = model.score(queries, model.encode_documents(list(DOCUMENTS.values())))
+    names = list(DOCUMENTS)
+    ranks = [int((row > row[names.index(answer)]).sum()) for row, answer in zip(scores, ("paris", "moon"))]
+    assert answer["metrics"]["RR@10"] == pytest.approx(sum(1 / (1 + rank) for rank in ranks) / 2, abs=1e-4)
+    assert json.loads(call(*arguments).stdout) == answer, "from what the folder holds"
+    index, run = tmp_path / "out" / "index", tmp_path / "run.trec"
+    (tmp_path / "queries.tsv").write_text("".join(f"{name}\t{text}\n" for name, text in QUERIES.items()))
+    call("search", index, "--queries", tmp_path / "queries.tsv", "--run", run, "--model", checkpoint)
+    assert len(run.read_text().splitlines()) == 8
+
+
+def test_mistakes(checkpoint, splade_checkpoint, collection, embeddings, tmp_path):
+    index = tmp_path / "index"
+    call("index", embeddings, index)
+    sparse = tmp_path / "sparse index"
+    call("encode", splade_checkpoint, collection, tmp_path / "sparse")
+    call("index", tmp_path / "sparse", sparse)
+    for arguments, message in (
+        (("encode", checkpoint, collection, tmp_path / "x", "--language", "de"), "expected one of en_XX, fr_XX"),
+        (("encode", checkpoint, collection, tmp_path / "x", "--top-k", 3), "are not sparse, leave it out"),
+        (("encode", splade_checkpoint, collection, tmp_path / "x", "--language", "de"), "reads all languages alike"),
+        (("index", embeddings, tmp_path / "x", "--precision", "3-bit"), "precision must be one of"),
+        (("search", index, "capital", "--model", splade_checkpoint), "several vectors per text, --model gives sparse vectors"),
+        (("search", index, "capital", "--model", splade_checkpoint, "--language", "de"), "reads all languages alike"),
+        (("search", sparse, "capital", "--model", checkpoint), "holds sparse vectors, --model gives several vectors"),
+        (("explain", checkpoint, "capital"), "have no terms"),
+        (("export", embeddings, tmp_path / "x", "--to", "qdrant"), "several vectors per text"),
+    ):  # fmt: skip
+        assert message in refused(*arguments), arguments
+    assert not (tmp_path / "x").exists()
