@@ -24,7 +24,8 @@ def push(
 ) -> None:
     """Upload a checkpoint to the Hub.
 
-    Its card is written first. The files of the checkpoint go up as one commit, with the code that loads them.
+    Its card is written first; a README.md that was written or edited by hand goes up as it is. The files of the
+    checkpoint go up as one commit, with the code that loads them.
     """
     from rarezoo.model_cards import push as push_checkpoint
 

@@ -7,6 +7,7 @@ Nothing in a card is invented: sizes come from the weight files' headers, fields
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -23,8 +24,10 @@ from rarezoo.configs import list_presets, read_preset
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-# Metadata of an existing README.md that only its author can know.
-AUTHORED_FIELDS = ("license", "license_name", "license_link", "base_model", "language", "datasets")
+# Metadata that a card states itself; all other fields of an existing README.md are its author's and stay.
+OWN_FIELDS = ("library_name", "pipeline_tag", "model_name", "eval_results", "model-index")
+# The last line of every card that was written here: a text that differs from it, or lacks it, is its author's.
+DIGEST_LINE = "<!-- rarezoo card {digest}: `rarezoo card` writes this text anew as long as nobody edits it -->"
 # (task type, name) of the Hub's model index, by what a family produces.
 TASKS = {
     "sparse": ("sparse-information-retrieval", "Sparse Information Retrieval"),
@@ -53,6 +56,8 @@ def build_card(
         repo_id: what the usage examples load; the folder's name when None.
         license, base_model, language: metadata that no file states; None keeps what the folder's README.md says.
 
+    The card ends with a comment that holds a digest of its text, by which `is_authored` knows it again.
+
     Raises:
         FileNotFoundError: `folder` is not a checkpoint.
         ValueError: unknown family, or a malformed evaluation file.
@@ -66,28 +71,62 @@ def build_card(
     name = repo_id or folder.resolve().name
     data = _metadata(name, family, config, evaluations, authored, quantized="quantization_config" in config)
     template = (resources.files("rarezoo.model_cards") / f"{family.name}.md").read_text(encoding="utf-8")
-    return ModelCard.from_template(
+    processor = read_json(folder / "processor_config.json", dict) or {}
+    recipe = read_json(folder / "training_recipe.json", dict) or {}
+    card = ModelCard.from_template(
         data,
         template_str=template,
         name=name.split("/")[-1],
         repo_id=name,
         family=family,
         config=config,
-        processor=read_json(folder / "processor_config.json", dict) or {},
+        processor=processor,
+        reads_prompt=any("%%prompt%%" in (processor.get(f"{kind}_template") or "") for kind in ("query", "document")),
+        libraries=_libraries(family, config),
         architecture=_architecture(family, config),
         size=_size(folder, family),
-        recipe=_cells(_flatten(read_json(folder / "training_recipe.json", dict) or {})),
+        recipe={_cell(name): _code(value) for name, value in _flatten(_effective(recipe)).items()},
         evaluations=[{**_cells(entry), "metrics": _cells(entry["metrics"])} for entry in evaluations],
         quantization=read_json(folder / "quantization_report.json", dict),
         sentence_transformers=(folder / "modules.json").is_file(),
         authored=authored,
     )
+    card.text = f"{card.text.rstrip()}\n\n{DIGEST_LINE.format(digest=_digest(card.text))}\n"
+    return card
 
 
-def write_card(folder: str | os.PathLike[str], repo_id: str | None = None, **metadata: str | None) -> Path:
-    """`build_card` into the folder's README.md, replacing it whole. Same arguments and errors."""
-    card = build_card(folder, repo_id, **metadata)
-    return write_whole(Path(folder) / "README.md", str(card))
+def write_card(
+    folder: str | os.PathLike[str], repo_id: str | None = None, *, replace: bool = False, **metadata: str | None
+) -> Path:
+    """`build_card` into the folder's README.md. Same arguments and errors, and
+
+    Args:
+        replace: write over a README.md that was written or edited by hand. Its metadata stay in any case.
+
+    Raises:
+        FileExistsError: without `replace`, the README.md is its author's, see `is_authored`.
+    """
+    readme = Path(folder) / "README.md"
+    if not replace and is_authored(readme):
+        raise FileExistsError(
+            f"{readme} was written or edited by hand; --replace (in Python: replace=True) writes over its text, --show "
+            "prints the card instead"
+        )
+    return write_whole(readme, str(build_card(folder, repo_id, **metadata)))
+
+
+def is_authored(readme: Path) -> bool:
+    """Whether a README.md has a text below its metadata that is not, to the letter, one of `build_card`'s."""
+    card = _read_readme(readme)
+    text = "" if card is None else card.text.strip()
+    match = re.search(r"\n<!-- rarezoo card ([0-9a-f]+):[^\n]*-->$", text)
+    return bool(text) and (match is None or _digest(text[: match.start()]) != match[1])
+
+
+def _digest(text: str) -> str:
+    """Of the text without the white space around it and at the ends of lines, which editors and git change."""
+    lines = "\n".join(line.rstrip() for line in text.strip().splitlines())
+    return hashlib.sha256(lines.encode()).hexdigest()[:12]
 
 
 def write_whole(file: Path, text: str) -> Path:
@@ -159,18 +198,25 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _authored_metadata(folder: Path) -> dict[str, Any]:
+def _read_readme(readme: Path) -> ModelCard | None:
+    """A README.md as a card; None where there is none."""
     import yaml
     from huggingface_hub import ModelCard
 
-    readme = folder / "README.md"
     if not readme.is_file():
-        return {}
+        return None
     try:
-        known = ModelCard(readme.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
+        return ModelCard(readme.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{readme} is not text in UTF-8 ({error}); mend or remove it") from error
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{readme}: its metadata is not valid YAML ({error}); mend or remove it") from error
-    return {name: known[name] for name in AUTHORED_FIELDS if known.get(name)}
+
+
+def _authored_metadata(folder: Path) -> dict[str, Any]:
+    card = _read_readme(folder / "README.md")
+    known = {} if card is None else card.data.to_dict()
+    return {str(name): value for name, value in known.items() if name not in OWN_FIELDS and value != ""}
 
 
 def _metadata(
@@ -186,14 +232,14 @@ def _metadata(
     relation: dict[str, Any] = {}
     if quantized and "base_model" in authored:
         relation["base_model_relation"] = "quantized"
+    tags = authored.get("tags", [])
+    own_tags = ("custom_code", "rarezoo", family.name, *TAGS[family.representation])
     return ModelCardData(
         library_name="transformers",
         pipeline_tag=PIPELINES[family.representation],
-        tags=["custom_code", "rarezoo", family.name, *TAGS[family.representation]],
         model_name=name.split("/")[-1],
         eval_results=_evaluation_results(family, evaluations) or None,
-        **authored,
-        **relation,
+        **{**authored, **relation, "tags": [*own_tags, *([tags] if isinstance(tags, str) else tags)]},
     )
 
 
@@ -267,6 +313,54 @@ def _stored_elements(file: Path) -> Counter[str]:
     return stored
 
 
+def _libraries(family: Family, config: Mapping[str, Any]) -> str:
+    """What a reader has to install, as the words of a sentence."""
+    names = ["torch", "transformers"]
+    if family.representation == "sparse":
+        names.append("scipy")
+    library = config.get("quantization_config", {}).get("quant_method")
+    if library:
+        names += [library, "accelerate"]
+    quoted = [f"`{name}`" for name in names]
+    return f"{', '.join(quoted[:-1])} and {quoted[-1]}"
+
+
+def _effective(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe without the settings that had no effect on the checkpoint."""
+    idle: set[str] = set()
+    if not recipe.get("lora") and not recipe.get("quantization"):
+        idle |= {name for name in recipe if name.startswith("lora_")}
+    if recipe.get("max_steps"):
+        idle.add("epochs")
+    if recipe.get("model"):
+        idle |= {"family", "tokenizer", "vocabulary_size", "initialization"}
+    kept = {name: value for name, value in recipe.items() if name not in idle}
+    if isinstance(recipe.get("objective"), Mapping):
+        kept["objective"] = _effective_objective(recipe["objective"])
+    return kept
+
+
+def _effective_objective(objective: Mapping[str, Any]) -> dict[str, Any]:
+    """Losses and regularisers with a weight of 0 stay, what shapes them goes."""
+    # A setting, and the weights of what it shapes.
+    shapes = {
+        "score_scale": ("info_nce_weight",),
+        "temperature": ("kl_weight",),
+        "query_regularizer": ("query_regularizer_weight",),
+        "document_regularizer": ("document_regularizer_weight",),
+        **dict.fromkeys(
+            ("flops_threshold", "regularizer_warmup_steps", "schedule"),
+            ("query_regularizer_weight", "document_regularizer_weight"),
+        ),
+    }
+    idle = {
+        name
+        for name, weights in shapes.items()
+        if all(weight in objective and not objective[weight] for weight in weights)
+    }
+    return {name: value for name, value in objective.items() if name not in idle}
+
+
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings as one table, without unset ones; absolute paths by their last name only."""
     flat: dict[str, Any] = {}
@@ -283,6 +377,14 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _cells(row: Mapping[str, Any]) -> dict[str, Any]:
     """Names and values that fit into a table of Markdown: without bare bars and line breaks; numbers as they are."""
     return {_cell(name): value if _is_number(value) else _cell(value) for name, value in row.items()}
+
+
+def _code(value: Any) -> str:
+    """A value as code in a table of Markdown, which shows tags, asterisks and backticks as they are."""
+    text = _cell(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
+    space = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{space}{text}{space}{fence}"
 
 
 def _cell(value: Any) -> str:

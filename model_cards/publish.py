@@ -10,7 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rarezoo.model_cards.card import _read_config, read_json, write_card
+from rarezoo.model_cards.card import _given, _read_config, is_authored, read_json, write_card
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -125,8 +125,8 @@ def push(
     """Write the folder's card and upload the checkpoint as one commit; the repository and branch are made when absent.
 
     Args:
-        folder: checkpoint with configuration, code, weights and processor; its README.md is rewritten by
-            `write_card`.
+        folder: checkpoint with configuration, code, weights and processor. Its README.md is rewritten by
+            `write_card`, unless it was written or edited by hand: then it goes up as it is, which a warning says.
         repo_id: "owner/name".
         revision: branch to commit to; "main" when None.
         private: visibility of a repository that this call creates.
@@ -151,7 +151,15 @@ def push(
         raise ValueError(f"the repository must be OWNER/NAME; found {repo_id!r}")
     folder = Path(folder)
     check_complete(folder)
-    write_card(folder, repo_id, license=license, base_model=base_model, language=language)
+    if is_authored(folder / "README.md"):
+        unused = _given(license=license, base_model=base_model, language=language)
+        logger.warning(
+            "%s was written or edited by hand and is uploaded unchanged%s",
+            folder / "README.md",
+            f", without the given {', '.join(unused)}" if unused else "",
+        )
+    else:
+        write_card(folder, repo_id, license=license, base_model=base_model, language=language)
     files = checkpoint_files(folder, extra_files)
     left_out = sorted(path.name for path in folder.iterdir() if not any(f.split("/")[0] == path.name for f in files))
     if left_out:

@@ -239,7 +239,7 @@ def test_card_keeps_the_old_one_on_a_full_disk(checkpoint):
     (checkpoint / "README.md").write_text("mine")
     before = sorted(path.name for path in checkpoint.iterdir())
     with file_limit(500):
-        line = refused("card", checkpoint)
+        line = refused("card", checkpoint, "--replace")
     assert f"cannot write {checkpoint / 'README.md'} (File too large)" in line
     assert (checkpoint / "README.md").read_text() == "mine"
     assert sorted(path.name for path in checkpoint.iterdir()) == before

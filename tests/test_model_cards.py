@@ -14,8 +14,12 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 from transformers import AutoModel, AutoProcessor
 
+from rarezoo.auto import FAMILIES
+from rarezoo.configs import load_preset
 from rarezoo.model_cards import build_card, checkpoint_files, push, write_card
+from rarezoo.model_cards.card import is_authored
 
+from .commands import call, refused
 from .loopback_hub import USER, LoopbackHub, metadata_errors
 
 EVALUATION = {"dataset": "Docstrings (test)", "split": "test", "metrics": {"nDCG@10": 0.61234, "R@100": 0.9}}
@@ -50,7 +54,7 @@ def test_numbers_are_the_checkpoint_s(folder):
     assert f"| vector dimensions | {config['vocab_size']} (the vocabulary) |" in text
     assert f"{(folder / 'model.safetensors').stat().st_size / 1e6:.1f} MB (F32)" in text
     assert "| Docstrings (test) | test | nDCG@10 | 0.6123 |" in text
-    assert "| learning_rate | 0.002 |" in text and "| loss.temperature | 1.0 |" in text
+    assert "| learning_rate | `0.002` |" in text and "| loss.temperature | `1.0` |" in text
     assert "corpus.jsonl" in text and "/home/me" not in text
     assert "lora" not in text
     assert "arxiv.org/abs/2408.11119" in text
@@ -94,6 +98,123 @@ def test_what_the_author_wrote_survives_a_rewrite(folder):
     assert not list(folder.glob("*.partial"))
 
 
+AUTHORED = "---\nlicense: mit\ntags: [biology]\nthumbnail: a.png\nlibrary_name: other\n---\n"
+
+
+def test_metadata_of_the_author_survive(folder):
+    readme = folder / "README.md"
+    for text in (AUTHORED, AUTHORED + "\n \n"):
+        readme.write_text(text)
+        data = header(write_card(folder, language="en").read_text())
+        assert (data["license"], data["language"], data["thumbnail"]) == ("mit", "en", "a.png")
+        assert data["tags"][0] == "custom_code" and data["tags"].count("splade") == 1 and "biology" in data["tags"]
+        assert data["library_name"] == "transformers"
+    readme.write_text(readme.read_text().replace("license: mit", "license: apache-2.0"))
+    assert "## License\n\napache-2.0" in write_card(folder).read_text(), "new metadata alone make no text of one's own"
+
+
+def test_a_card_is_known_by_its_digest(folder):
+    text = write_card(folder).read_text()
+    last = text.rstrip().splitlines()[-1]
+    assert re.fullmatch(r"<!-- rarezoo card [0-9a-f]{12}: .*-->", last) and text.count("<!--") == 1
+    assert not is_authored(folder / "README.md")
+    assert str(build_card(folder)) == text, "the card that --show prints is known too"
+    for changed in (text.replace("\n", "\r\n"), text.rstrip(), text.replace("# tiny-splade\n", "# tiny-splade  \n")):
+        (folder / "README.md").write_bytes(changed.encode())
+        assert not is_authored(folder / "README.md"), "white space at the ends of lines is not an edit"
+
+
+@pytest.mark.parametrize(
+    "edit", ["hand-written", "one word", "before", "after", "comment removed", "digest of another"]
+)
+def test_what_the_author_wrote_is_not_overwritten(folder, edit):
+    readme = folder / "README.md"
+    text = write_card(folder, license="mit").read_text()
+    last = text.rstrip().splitlines()[-1]
+    mine = {
+        "hand-written": "# My model\n",
+        "one word": text.replace("A query and a document match", "A question and a document match"),
+        "before": text.replace("# tiny-splade", "Note.\n\n# tiny-splade"),
+        "after": text + "\nA note.\n",
+        "comment removed": text.replace(last, ""),
+        "digest of another": AUTHORED + f"# My model\n\n{last}\n",
+    }[edit]
+    assert mine != text
+    readme.write_text(mine)
+    line = refused("card", folder)
+    assert str(readme) in line and "--replace" in line
+    with pytest.raises(FileExistsError, match="written or edited by hand"):
+        write_card(folder)
+    assert readme.read_text() == mine
+    call("card", folder, "--show")
+    assert readme.read_text() == mine
+    call("card", folder, "--replace")
+    assert not is_authored(readme) and "A question" not in readme.read_text()
+    assert ("license: mit" in readme.read_text()) == ("license: mit" in mine)
+
+
+def test_a_readme_that_is_not_utf_8_is_named(folder):
+    (folder / "README.md").write_bytes(b"# gr\xfc\xdfe\n")
+    assert f"{folder / 'README.md'} is not text in UTF-8" in refused("card", folder)
+
+
+RUN = {
+    "model": None, "preset": "tiny", "family": "mistral_splade", "initialization": "lexical", "lora": False,
+    "lora_rank": 16, "lora_alpha": 8, "lora_dropout": 0.1, "lora_on_head": False, "quantization": None,
+    "objective": {
+        "info_nce_weight": 1.0, "margin_mse_weight": 0.0, "kl_weight": 0.0, "score_scale": 2.0, "temperature": 2.0,
+        "query_regularizer": "flops", "document_regularizer": "l1", "query_regularizer_weight": 0.0,
+        "document_regularizer_weight": 0.03, "flops_threshold": 200, "regularizer_warmup_steps": 5,
+    },
+    "max_steps": 90, "epochs": 1.0,
+}  # fmt: skip
+
+
+def settings(folder, **recipe):
+    (folder / "training_recipe.json").write_text(json.dumps({**RUN, **recipe}))
+    return {
+        name.strip().removeprefix("objective."): value.strip()
+        for name, value in rows(str(build_card(folder)), "Training")[2:]
+    }
+
+
+def test_settings_without_effect_are_not_shown(folder):
+    shown = settings(folder)
+    assert shown["lora"] == "`false`" and not [name for name in shown if name.startswith("lora_")]
+    assert "epochs" not in shown and shown["max_steps"] == "`90`"
+    assert "score_scale" in shown and "temperature" not in shown
+    assert "document_regularizer" in shown and "query_regularizer" not in shown and "regularizer_warmup_steps" in shown
+    assert shown["initialization"] == "`lexical`"
+
+    distilled = {**RUN["objective"], "info_nce_weight": 0.0, "kl_weight": 1.0, "document_regularizer_weight": 0.0}
+    shown = settings(folder, model="m", preset=None, lora=True, max_steps=None, objective=distilled)
+    assert shown["lora"] == "`true`" and shown["lora_rank"] == "`16`" and shown["epochs"] == "`1.0`"
+    assert "temperature" in shown and "score_scale" not in shown
+    assert not {"family", "initialization", "document_regularizer", "regularizer_warmup_steps"} & set(shown)
+
+    shown = settings(folder, model="m", preset=None, lora=None, quantization="nf4", objective={"temperature": 0.02})
+    assert "lora_rank" in shown and shown["temperature"] == "`0.02`", "another family's objective is left alone"
+
+
+def test_the_prompt_is_shown_where_a_template_reads_it(folder):
+    processor = json.loads((folder / "processor_config.json").read_text())
+    assert f"prompt:   {processor['prompt']}" in str(build_card(folder))
+    processor |= {"query_template": "<s>{%%text%%}", "document_template": "<s>{%%text%%}"}
+    (folder / "processor_config.json").write_text(json.dumps(processor))
+    text = str(build_card(folder))
+    assert "prompt:" not in text and "document: <s>{%%text%%}\n```" in text
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_reader_needs(family, tmp_path):
+    load_preset(family, "tiny").save_pretrained(tmp_path)
+    scipy = FAMILIES[family].representation == "sparse"
+    text = " ".join(str(build_card(tmp_path)).split())
+    needed = "`torch`, `transformers` and `scipy`" if scipy else "`torch` and `transformers`"
+    assert f"nothing but {needed} has to be installed" in text
+    assert "pip install rarezoo" not in text and "With rarezoo installed, the flag" in text
+
+
 def test_quantized_checkpoint(tmp_path, tokenizer):
     pytest.importorskip("bitsandbytes")
     from rarezoo.mistral_splade import MistralSpladeConfig, MistralSpladeForRetrieval, MistralSpladeProcessor
@@ -120,6 +241,7 @@ def test_quantized_checkpoint(tmp_path, tokenizer):
     text = str(card)
     assert f"| parameters | {sum(p.numel() for p in model.parameters()):,} |" in text, "not the packed bytes"
     assert "7 modules are quantized by bitsandbytes" in text
+    assert "nothing but `torch`, `transformers`, `scipy`, `bitsandbytes` and `accelerate` has to be installed" in text
     assert "| weight files, MB | 4.0 | 1.0 |" in text
     assert "| nDCG@10 | 0.5000 | 0.4900 |" in text
     assert "Cosine to full precision 0.9877 on average over 32 texts; 75% of" in text
@@ -148,13 +270,18 @@ def rows(text, title):
 
 
 def test_tables_hold_any_text(folder):
-    recipe = {"prompt": "a|b\nc", "config": {"x|y": [1, 2]}, "bf16": True, "learning_rate": 0.5}
+    recipe = {
+        "prompt": "a|b\nc", "config": {"x|y": [1, 2]}, "bf16": True, "learning_rate": 0.5,
+        "query_template": "<s>{!%%text%%}*_*", "quoted": "`a`", "backticks": "a`b``c",
+    }  # fmt: skip
     (folder / "training_recipe.json").write_text(json.dumps(recipe))
     evaluation = {"dataset": "one|two\nthree", "split": None, "metrics": {"P|5": 0.25}}
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
     text = str(build_card(folder))
     assert rows(text, "Training")[2:] == [
-        [" prompt ", r" a\|b\nc "], [r" config.x\|y ", " [1, 2] "], [" bf16 ", " True "], [" learning_rate ", " 0.5 "],
+        [" prompt ", r" `a\|b\nc` "], [r" config.x\|y ", " `[1, 2]` "], [" bf16 ", " `true` "],
+        [" learning_rate ", " `0.5` "], [" query_template ", " `<s>{!%%text%%}*_*` "], [" quoted ", " `` `a` `` "],
+        [" backticks ", " ```a`b``c``` "],
     ]  # fmt: skip
     assert rows(text, "Evaluation")[2:] == [[r" one\|two\nthree ", "  ", r" P\|5 ", " 0.2500 "]]
 
@@ -218,6 +345,22 @@ def test_a_missing_shard_is_named(folder):
 
 def client(code, environment):
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=240)
+
+
+def test_push_leaves_the_author_s_readme_alone(folder, tmp_path):
+    mine = "---\nlicense: mit\n---\n# My model\n"
+    (folder / "README.md").write_text(mine)
+    publish = f"""
+from rarezoo.model_cards import push
+push({str(folder)!r}, "{USER}/mine", license="apache-2.0")
+"""
+    with LoopbackHub() as hub:
+        published = client(publish, hub.environment(tmp_path / "publisher"))
+        assert published.returncode == 0, published.stderr
+        assert hub.content(f"{USER}/mine", "README.md").decode() == mine
+    assert (folder / "README.md").read_text() == mine
+    said = f"{folder / 'README.md'} was written or edited by hand and is uploaded unchanged, without the given license"
+    assert said in published.stderr
 
 
 def test_push_to_a_hub_and_load_back(folder, tmp_path, run_without_rarezoo):
