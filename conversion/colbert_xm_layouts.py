@@ -37,7 +37,6 @@ from rarezoo.conversion.checkpoint_files import (
     read_pickle,
 )
 from rarezoo.conversion.pylate_files import (
-    MultiVectorFiles,
     check_markers,
     multi_vector_layout,
     read_multi_vector_files,
@@ -208,7 +207,7 @@ def _open_dnn(file: Path, base: str | os.PathLike | None, kept: Mapping, options
     config = _build_config(fields, folder, kept)
     # Versions that save .dnn files overwrite a placeholder with the marker.
     settings = {**processor_settings(metadata), "marker_mode": "replace", **options}
-    processor = ColBERTXMProcessor(_read_tokenizer(folder, config), **settings)
+    processor = _build_processor(folder, _read_tokenizer(folder, config), settings)
     _check_vocabulary(processor, config)
     notes = [] if arguments else ["The file has no arguments: lengths, markers and masks are colbert-ai's defaults."]
     return Source("dnn", folder, config, processor, weights, notes)
@@ -236,21 +235,12 @@ def _open_multi_vector(folder: Path, layout: str, kept: Mapping, options: Mappin
     tokenizer = _read_tokenizer(folder, config)
     settings = {**files.settings, **options}
     check_markers(settings, tokenizer, folder)
-    try:
-        processor = _with_skiplist(files, ColBERTXMProcessor(tokenizer, **settings), settings)
-    except (TypeError, ValueError) as error:
-        raise ConversionError(f"no processor can be made from {folder}: {error}") from error
+    processor = _build_processor(folder, tokenizer, settings)
+    if not {"mask_punctuation", "skiplist_tokens"} & set(options):
+        settings.update(skiplist_options(files, processor))
+        processor = _build_processor(folder, tokenizer, settings)
     _check_vocabulary(processor, config)
     return Source(layout, folder, config, processor, weights)
-
-
-def _with_skiplist(
-    files: MultiVectorFiles, processor: ColBERTXMProcessor, settings: Mapping[str, Any]
-) -> ColBERTXMProcessor:
-    """The processor with the folder's skip list, where the caller's options do not say another."""
-    if {"mask_punctuation", "skiplist_tokens"} & set(settings):
-        return processor
-    return ColBERTXMProcessor(processor.tokenizer, **settings, **skiplist_options(files, processor))
 
 
 # --- what they share --------------------------------------------------------------------------------------------------
@@ -284,6 +274,13 @@ def _read_tokenizer(folder: Path, config: ColBERTXMConfig) -> Any:
     padding_id: Any = config.pad_token_id
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding_id)
     return tokenizer
+
+
+def _build_processor(folder: Path, tokenizer: Any, settings: Mapping[str, Any]) -> ColBERTXMProcessor:
+    try:
+        return ColBERTXMProcessor(tokenizer, **settings)
+    except (TypeError, ValueError) as error:
+        raise ConversionError(f"no processor can be made from {folder}: {error}") from error
 
 
 def _check_vocabulary(processor: ColBERTXMProcessor, config: ColBERTXMConfig) -> None:

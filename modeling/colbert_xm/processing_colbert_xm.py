@@ -83,7 +83,9 @@ class ColBERTXMProcessor(ProcessorMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """As in transformers; of an official checkpoint the settings come from its `artifact.metadata`."""
-        config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
+        # Only an AutoClass heeds the argument; transformers warns of it elsewhere.
+        options = {name: value for name, value in kwargs.items() if name != "trust_remote_code"}
+        config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **options)
         if not is_stanford_layout(config, pretrained_model_name_or_path, **kwargs):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         metadata = read_metadata(pretrained_model_name_or_path, **kwargs)
