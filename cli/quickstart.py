@@ -215,7 +215,8 @@ class _Tour:
         start = time.perf_counter()
         embeddings = encode_corpus(self.model, self.processor, documents, self.output / "embeddings", batch_size=64)
         encoded = time.perf_counter()
-        self.index: Any = build_index(embeddings, self.output / "index")
+        index: Any = build_index(embeddings, self.output / "index")
+        self.index = index
         built = time.perf_counter()
         size = sum(path.stat().st_size for path in (self.output / "index").iterdir())
         typer.echo(

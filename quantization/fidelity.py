@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +21,14 @@ import torch
 from scipy.sparse import csr_matrix
 from tqdm.auto import tqdm
 
+from rarezoo.auto import FAMILIES
 from rarezoo.quantization.checkpoint_loading import load_model, load_processor
 
 REPORT_JSON = "quantization_report.json"
 REPORT_MARKDOWN = "quantization_report.md"
 TOP_TERMS = 10
 TOP_DOCUMENTS = 10
+QUERY_TEXTS = 8
 LATENCY_TEXTS = 8
 LATENCY_ROUNDS = 7
 
@@ -93,6 +95,53 @@ def compare_embeddings(full_precision: csr_matrix, quantized: csr_matrix) -> dic
     }
 
 
+def compare_multi_vectors(
+    models: Mapping[str, Any], processor: Any, texts: list[str], documents: Mapping[str, Sequence[torch.Tensor]]
+) -> dict[str, Any]:
+    """Comparison of several vectors per text, token by token, and of the order in which MaxSim puts the texts.
+
+    Args:
+        models, processor: of both sides.
+        texts: the first `QUERY_TEXTS` of them are the queries.
+        documents: the vectors (length, dim) of every text, of both sides.
+
+    Returns:
+        Mean and minimum cosine; relative error ||quantized - full|| / ||full|| over all vectors; their number; mean
+        Spearman correlation of the scores of all texts for each query.
+    """
+    from scipy.stats import spearmanr
+
+    first, second = (torch.cat(list(documents[name])).double() for name in ("full_precision", "quantized"))
+    if not second.isfinite().all():
+        raise ValueError("the quantized model gives values that are not finite; choose another scheme")
+    cosines = torch.nn.functional.cosine_similarity(first, second, dim=1)
+    scores = []
+    for name, model in models.items():
+        queries = model.encode_queries(texts[:QUERY_TEXTS], processor=processor)
+        scores.append(model.score(queries, list(documents[name])).numpy())
+    correlations = [spearmanr(*rows).statistic if len(texts) > 1 else 1.0 for rows in zip(*scores)]
+    return {
+        "texts": len(texts),
+        "vectors": len(first),
+        "cosine_mean": float(cosines.mean()),
+        "cosine_minimum": float(cosines.min()),
+        "relative_error": float((first - second).norm() / first.norm()),
+        "score_rank_correlation": float(np.mean(correlations)),
+    }
+
+
+def _compare_outputs(models: Mapping[str, Any], processor: Any, texts: list[str]) -> dict[str, Any]:
+    encoded = {name: model.encode_documents(texts, processor=processor) for name, model in models.items()}
+    if _is_multi_vector(models["quantized"]):
+        return compare_multi_vectors(models, processor, texts, encoded)
+    return compare_embeddings(encoded["full_precision"], encoded["quantized"])
+
+
+def _is_multi_vector(model: Any) -> bool:
+    family = FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""))
+    return family is not None and family.representation == "multi-vector"
+
+
 def _heaviest(matrix: csr_matrix, row: int) -> set[int]:
     place = slice(matrix.indptr[row], matrix.indptr[row + 1])
     order = np.argsort(-matrix.data[place], kind="stable")[:TOP_TERMS]
@@ -107,8 +156,8 @@ def _overlap(expected: set, found: set) -> float:
 def rank(model: Any, processor: Any, evaluation: EvaluationSet) -> dict[str, dict[str, float]]:
     """The `TOP_DOCUMENTS` best documents of every judged query, as `rarezoo eval` ranks them.
 
-    Only scores above 0 count; a document with the identifier of the query only where the judgements name that pair;
-    equal scores rank by falling document id, which is trec_eval's order.
+    Of sparse vectors only scores above 0 count; a document with the identifier of the query only where the judgements
+    name that pair; equal scores rank by falling document id, which is trec_eval's order.
 
     Returns:
         {query id: {document id: score}}, best first.
@@ -116,12 +165,17 @@ def rank(model: Any, processor: Any, evaluation: EvaluationSet) -> dict[str, dic
     judged = {query: text for query, text in evaluation.queries.items() if query in evaluation.qrels}
     queries = model.encode_queries(list(judged.values()), processor=processor, show_progress_bar=True)
     documents = model.encode_documents(list(evaluation.documents.values()), processor=processor, show_progress_bar=True)
-    names = list(evaluation.documents)
+    names, multi_vector = list(evaluation.documents), _is_multi_vector(model)
     run = {}
     for row, query in enumerate(judged):
-        scores = (documents @ queries[row].T).toarray().ravel()
+        if multi_vector:
+            scores = model.score([queries[row]], documents)[0].numpy()
+            candidates = np.arange(len(scores))
+        else:
+            scores = (documents @ queries[row].T).toarray().ravel()
+            candidates = np.flatnonzero(scores > 0)
         itself = {query} - evaluation.qrels[query].keys()
-        found = [(float(scores[i]), names[i]) for i in np.flatnonzero(scores > 0) if names[i] not in itself]
+        found = [(float(scores[i]), names[i]) for i in candidates if names[i] not in itself]
         run[query] = {name: score for score, name in sorted(found, reverse=True)[:TOP_DOCUMENTS]}
     return run
 
@@ -267,9 +321,7 @@ def measure_fidelity(
     report: dict[str, Any] = {}
     files = {name: weight_file_bytes(folder) for name, folder in folders.items()}
     steps = {
-        "outputs": lambda: compare_embeddings(
-            *(model.encode_documents(texts, processor=processor) for model in models.values())
-        ),
+        "outputs": lambda: _compare_outputs(models, processor, texts),
         "retrieval": lambda: _compare_retrieval(models, processor, evaluation) if evaluation else None,
         "file_bytes": lambda: {**files, "ratio": files["quantized"] / files["full_precision"]},
         "encode_milliseconds": lambda: measure_latency(models, processor, texts),
@@ -293,13 +345,13 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         return "\n".join(lines)
     files, memory, times = report["file_bytes"], report["resident_bytes"], report["encode_milliseconds"]
     outputs = report["outputs"]
-    active = outputs["active_dimensions"]
     rows = [
         ("weight files, MB", files, 1e6, ".1f"),
         ("resident memory, MB", memory, 1e6, ".1f"),
         (f"encoding {times['batch_size']} texts, one thread, ms", times, 1, ".1f"),
-        ("active dimensions per text", active, 1, ".1f"),
     ]
+    if "active_dimensions" in outputs:
+        rows.append(("active dimensions per text", outputs["active_dimensions"], 1, ".1f"))
     if report.get("retrieval"):
         rows.append(("nDCG@10", report["retrieval"]["nDCG@10"], 1, ".4f"))
     lines += ["| | full precision | quantized |", "|---|---|---|"]
@@ -310,7 +362,11 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         "",
         f"On {outputs['texts']} texts: cosine {outputs['cosine_mean']:.4f} on average and "
         f"{outputs['cosine_minimum']:.4f} at least, relative error {outputs['relative_error']:.4f}, "
-        f"{outputs[f'top_{TOP_TERMS}_term_overlap']:.1%} of the {TOP_TERMS} heaviest terms shared.",
+        + (
+            f"{outputs[f'top_{TOP_TERMS}_term_overlap']:.1%} of the {TOP_TERMS} heaviest terms shared."
+            if "active_dimensions" in outputs
+            else f"rank correlation of MaxSim scores {outputs['score_rank_correlation']:.4f}."
+        ),
     ]
     if report.get("retrieval"):
         shared = report["retrieval"][f"top_{TOP_DOCUMENTS}_document_overlap"]

@@ -1,6 +1,7 @@
 """`quantize`: every scheme saved, reloaded and compared; what stays in full precision; errors; the fidelity report."""
 
 import json
+import math
 import shutil
 
 import numpy as np
@@ -358,3 +359,38 @@ def test_evaluation_set_without_judgements():
         EvaluationSet({"q1": "?"}, {"d": "x"}, {"1": {"d": 1}})
     with pytest.raises(ValueError, match="found 0 queries and 1 documents"):
         EvaluationSet({}, {"d": "x"}, {})
+
+
+def test_fidelity_of_several_vectors_per_text(colbert_fixtures, tmp_path):
+    """Token by token, and by the order of MaxSim; the head stays in full precision, retrieval is that of `eval`."""
+    from rarezoo import ColBERTXMConfig, ColBERTXMForRetrieval, ColBERTXMProcessor
+
+    torch.manual_seed(0)
+    config = ColBERTXMConfig(
+        vocab_size=165, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=130, languages=["en_XX", "fr_XX"], dim=32, initializer_range=0.2,
+    )  # fmt: skip
+    model = ColBERTXMForRetrieval(config).eval()
+    processor = ColBERTXMProcessor.from_pretrained(colbert_fixtures / "checkpoint")
+    model.save_pretrained(tmp_path / "full")
+    processor.save_pretrained(tmp_path / "full")
+    documents = {"paris": "the capital of france is paris", "moon": "the moon pulls the sea", "rain": "rain"}
+    evaluation = EvaluationSet({"q": "what is the capital?"}, documents, {"q": {"paris": 1}})
+    report = quantize(tmp_path / "full", tmp_path / "nf4", "nf4", evaluation=evaluation)
+    quantized = ColBERTXMForRetrieval.from_pretrained(tmp_path / "nf4").eval()
+    texts = list(documents.values())
+    first, second = (torch.cat(network.encode_documents(texts, processor)) for network in (model, quantized))
+    cosines = (first * second).sum(1)
+    outputs = report["outputs"]
+    assert outputs["vectors"] == len(first)
+    assert outputs["cosine_mean"] == pytest.approx(float(cosines.mean()), abs=1e-5)
+    assert outputs["cosine_minimum"] == pytest.approx(float(cosines.min()), abs=1e-5)
+    assert outputs["relative_error"] == pytest.approx(float((first - second).norm() / first.norm()), abs=1e-5)
+    assert -1 <= outputs["score_rank_correlation"] <= 1
+    scores = model.score(
+        model.encode_queries("what is the capital?", processor), model.encode_documents(texts, processor)
+    )
+    rank = int((scores[0] > scores[0, 0]).sum())
+    assert report["retrieval"]["nDCG@10"]["full_precision"] == pytest.approx(1 / math.log2(2 + rank), abs=1e-6)
+    assert quantized.linear.weight.dtype == torch.float32
+    assert "rank correlation of MaxSim scores" in (tmp_path / "nf4" / "quantization_report.md").read_text()

@@ -11,7 +11,7 @@ in `colbert-ai`'s packed kernel and in PyLate, no zero row and no initial 0 comp
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -22,9 +22,10 @@ from torch import Tensor
 SIMILARITIES = ("cosine", "l2")
 
 # Vectors of documents that are compared at once: on a CPU, they and their similarities stay in the cache.
-_BLOCK_VECTORS = {"cpu": 6_144, "cuda": 262_144}
+_BLOCK_VECTORS = {"cpu": 12_288, "cuda": 262_144}
 _BLOCK_SIMILARITIES = {"cpu": 2**18, "cuda": 2**26}
 _QUERY_ROWS = 4_096
+_FEW_CANDIDATES = 4  # times top_k: so many exact scores cost less than excluding some of them
 _LENGTH_STEP = 4  # lengths of blocks are multiples of it: oneDNN compiles a kernel for every shape that it has not met
 
 _BFLOAT16_UNIT_ROUNDOFF = 2.0**-8
@@ -40,6 +41,15 @@ class Ranking(NamedTuple):
 
     positions: Any
     scores: Any
+
+
+class _RoughBlock(NamedTuple):
+    """Documents of similar length, a vector d of which is given as d', in bfloat16 or float32."""
+
+    positions: list[int]
+    vectors: Tensor  # (documents, length, dim)
+    norms: Tensor  # (documents,) float64, not below the norm of any d of the document
+    errors: Tensor  # (documents,) float64, not below the norm of any d - d'
 
 
 class PackedDocuments:
@@ -60,9 +70,8 @@ class PackedDocuments:
             self.lengths = [len(item) for item in items]
             self.vectors = torch.cat(items).float() if items else torch.empty(0, 0)
             self._items = list(self.vectors.split(self.lengths))
-            self._rough: list[tuple[list[int], Tensor]] = []
             self._norms = torch.zeros(len(items), device=self.vectors.device, dtype=torch.float64)
-            self._errors = torch.zeros_like(self._norms)
+            self._rough: list[_RoughBlock] = []
             self._prepare()
 
     def __len__(self) -> int:
@@ -70,13 +79,14 @@ class PackedDocuments:
 
     def _prepare(self) -> None:
         keep_rough = _multiplies_bfloat16_quickly(self.vectors)
-        for positions, block in _blocks(self._items, _BLOCK_VECTORS["cpu"]):
-            self._norms[positions] = _largest_norms(block)
+        for positions, block in _blocks(self._items, _BLOCK_VECTORS["cpu"], reused_as=torch.float32):
+            norms = _largest_norms(block)
+            _refuse_non_finite(norms, "document", positions)
+            self._norms[positions] = norms
             if keep_rough:
                 rough = block.bfloat16()
-                self._errors[positions] = _largest_norms(block - rough)  # the difference is exact (Sterbenz)
-                self._rough.append((positions, rough))
-        _refuse_non_finite(self._norms, "document")
+                errors = _largest_norms(block - rough)  # the difference is exact (Sterbenz)
+                self._rough.append(_RoughBlock(positions, rough, norms, errors))
 
 
 def max_sim(
@@ -195,7 +205,9 @@ def _all_scores(queries: list[Tensor], documents: list[Tensor], similarity: str)
     groups = [torch.cat(group).to(dtype) for group in _grouped(queries, _QUERY_ROWS)]
     lengths = [[len(query) for query in group] for group in _grouped(queries, _QUERY_ROWS)]
     order, found = [], []
-    for positions, block in _blocks(documents, _block_vectors(groups)):
+    needs_gradient = torch.is_grad_enabled() and any(item.requires_grad for item in queries + documents)
+    reused_as = None if needs_gradient else dtype
+    for positions, block in _blocks(documents, _block_vectors(groups), reused_as=reused_as):
         block = block.to(dtype)
         best = [_best_similarities(group, block, similarity) for group in groups]
         sums = [part.sum(-1) for part, sizes in zip(best, lengths) for part in part.split(sizes, dim=-1)]
@@ -246,20 +258,30 @@ def _block_vectors(groups: list[Tensor]) -> int:
 
 
 def _blocks(
-    items: list[Tensor], vectors: int, positions: Sequence[int] | None = None
+    items: list[Tensor], vectors: int, positions: Sequence[int] | None = None, reused_as: torch.dtype | None = None
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Documents of similar length, as their positions and `(documents, length, dim)`, at most `vectors` of them or one
-    document. Shorter ones are filled up with their first vector, which changes no maximum; empty ones are left out."""
+    document. Shorter ones are filled up with their first vector, which changes no maximum; empty ones are left out.
+
+    With `reused_as`, a dtype, all blocks lie in the same memory, so that each is gone when the next one is asked for:
+    fresh memory for every block would take longer than its product.
+    """
     chosen = range(len(items)) if positions is None else positions
     lengths = {position: items[position].shape[0] for position in chosen}
     ordered = sorted((position for position in chosen if lengths[position]), key=lengths.__getitem__)
+    buffer = None
     start = 0
     while start < len(ordered):
         end, longest = start + 1, _rounded_up(lengths[ordered[start]])
         while end < len(ordered) and _rounded_up(lengths[ordered[end]]) * (end + 1 - start) <= vectors:
             longest = _rounded_up(lengths[ordered[end]])
             end += 1
-        yield ordered[start:end], _filled_up([items[position] for position in ordered[start:end]], longest)
+        block = [items[position] for position in ordered[start:end]]
+        if reused_as is not None and buffer is None:
+            largest = _rounded_up(lengths[ordered[-1]])
+            rows = max(largest, min(vectors, largest * len(ordered)))
+            buffer = block[0].new_empty(rows, block[0].shape[1], dtype=reused_as)
+        yield ordered[start:end], _filled_up(block, longest, buffer)
         start = end
 
 
@@ -267,13 +289,14 @@ def _rounded_up(length: int) -> int:
     return -(-length // _LENGTH_STEP) * _LENGTH_STEP
 
 
-def _filled_up(items: list[Tensor], length: int) -> Tensor:
+def _filled_up(items: list[Tensor], length: int, buffer: Tensor | None) -> Tensor:
     parts = []
     for item in items:
         parts.append(item)
         if item.shape[0] < length:
             parts.append(item[:1].expand(length - item.shape[0], -1))
-    return torch.cat(parts).view(len(items), length, -1)
+    rows = torch.cat(parts) if buffer is None else torch.cat(parts, out=buffer[: len(items) * length])
+    return rows.view(len(items), length, -1)
 
 
 # --- exact order ------------------------------------------------------------------------------------------------------
@@ -288,17 +311,16 @@ class _Reranking:
         self.known: dict[int, Tensor] = {}
 
     def best(self, top_k: int) -> Ranking:
-        candidates = [position for position, document in enumerate(self.documents) if len(document)]
+        lengths = self.prepared.lengths if self.prepared else [document.shape[0] for document in self.documents]
+        candidates = [position for position, length in enumerate(lengths) if length]
         for dtype in (torch.bfloat16, torch.float32):
-            if len(candidates) > 2 * top_k and (dtype is torch.float32 or self._bfloat16_pays()):
+            pays = dtype is torch.float32 or _multiplies_bfloat16_quickly(self.query)
+            if pays and len(candidates) > _FEW_CANDIDATES * top_k:
                 candidates = self._narrowed(candidates, top_k, dtype)
         scores = torch.full((len(self.documents),), -torch.inf, device=self.query.device)
         scores[candidates] = self._exact(candidates)
         best = scores.sort(descending=True, stable=True)
         return Ranking(best.indices[:top_k], best.values[:top_k])
-
-    def _bfloat16_pays(self) -> bool:
-        return _multiplies_bfloat16_quickly(self.query)
 
     def _narrowed(self, candidates: list[int], top_k: int, dtype: torch.dtype) -> list[int]:
         """The candidates that may belong to the `top_k` best. `top_k` documents reach `floor`; a document that is
@@ -313,8 +335,8 @@ class _Reranking:
             if position not in self.known:
                 # The copy in float64 lies at the start of its own allocation: the same alignment, and so the same
                 # order of additions, wherever the document lies in a packed tensor.
-                similarities = self.documents[position].float().double() @ self.query_float64.T
-                self.known[position] = similarities.amax(0).sum()
+                similarities = self.query_float64 @ self.documents[position].float().double().T
+                self.known[position] = similarities.amax(1).sum()
         scores = torch.stack([self.known[position] for position in positions]) if positions else torch.empty(0)
         if scores.isnan().any():
             raise ValueError(f"document {positions[int(scores.isnan().nonzero()[0])]} holds NaN or infinity")
@@ -322,32 +344,44 @@ class _Reranking:
 
     def _approximate(self, candidates: list[int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Positions, scores computed with products of `dtype`, and bounds of their distance from the exact scores."""
-        query = self.query.to(dtype)
-        order, maxima, norms, errors = [], [], [], []
-        for positions, block, norm, error in self._approximate_blocks(candidates, dtype):
-            similarities = (block.flatten(0, 1) @ query.T).float()
-            maxima.append(similarities.view(len(block), -1, len(query)).amax(1))
-            order += positions
-            norms.append(norm)
-            errors.append(error)
-        best = torch.cat(maxima).double()
-        bounds = _error_bounds(self.query_float64, dtype, best, torch.cat(norms), torch.cat(errors))
-        return torch.tensor(order, device=best.device), best.sum(1), bounds
+        blocks: Iterable[_RoughBlock] = self._converted_blocks(candidates, dtype)
+        if self.prepared is not None and self.prepared._rough and dtype is torch.bfloat16:
+            blocks = self.prepared._rough  # of all documents: this is the first pass
+        best_similarities = _BlockMaxima(self.query.to(dtype))
+        found = [(block.positions, best_similarities(block.vectors), block.norms, block.errors) for block in blocks]
+        positions = [position for part in found for position in part[0]]
+        best, norms, errors = (torch.cat(parts).double() for parts in list(zip(*found))[1:])
+        bounds = _error_bounds(self.query_float64, dtype, best, norms, errors)
+        return torch.tensor(positions, device=best.device), best.sum(1), bounds
 
-    def _approximate_blocks(self, candidates: list[int], dtype: torch.dtype):
-        """Per block: positions, vectors of `dtype`, and per document the largest norm of a vector and the largest norm
-        of what the conversion to `dtype` took away."""
-        prepared = self.prepared
-        if prepared is not None and dtype is torch.bfloat16:
-            for positions, rough in prepared._rough:
-                yield positions, rough, prepared._norms[positions], prepared._errors[positions]
-            return
-        unit = _BFLOAT16_UNIT_ROUNDOFF if dtype is torch.bfloat16 else 0.0
-        for positions, block in _blocks(self.documents, _block_vectors([self.query]), candidates):
-            block = block.float()
-            norms = _largest_norms(block) if prepared is None else prepared._norms[positions]
+    def _converted_blocks(self, candidates: list[int], dtype: torch.dtype) -> Iterator[_RoughBlock]:
+        """Blocks of the float32 vectors, or of their copies in bfloat16; the memory of a block is that of the next."""
+        memory = torch.empty(0, dtype=torch.bfloat16, device=self.query.device)
+        blocks = _blocks(self.documents, _block_vectors([self.query]), candidates, reused_as=torch.float32)
+        for positions, block in blocks:
+            norms = _largest_norms(block) if self.prepared is None else self.prepared._norms[positions]
             _refuse_non_finite(norms, "document", positions)
-            yield positions, block.to(dtype), norms, unit * norms
+            if dtype is torch.bfloat16:
+                rough = memory.resize_(block.shape).copy_(block)
+                yield _RoughBlock(positions, rough, norms, _BFLOAT16_UNIT_ROUNDOFF * norms)
+            else:
+                yield _RoughBlock(positions, block, norms, torch.zeros_like(norms))
+
+
+class _BlockMaxima:
+    """The best similarity of every query vector in every document of a block, `(documents, query vectors)` float32; the
+    products of all blocks lie in the same memory."""
+
+    def __init__(self, query: Tensor):
+        self.query = query
+        self.products, self.similarities = query.new_empty(0), query.new_empty(0, dtype=torch.float32)
+
+    def __call__(self, block: Tensor) -> Tensor:
+        rows = block.flatten(0, 1)
+        products = torch.mm(rows, self.query.T, out=self.products.resize_(len(rows), len(self.query)))
+        if products.dtype is torch.bfloat16:  # of which amax is slow
+            products = self.similarities.resize_(products.shape).copy_(products)
+        return products.view(len(block), -1, len(self.query)).amax(1)
 
 
 def _error_bounds(query: Tensor, dtype: torch.dtype, best: Tensor, norms: Tensor, errors: Tensor) -> Tensor:
@@ -397,7 +431,7 @@ def _float32_products_are_full() -> bool:
 
 
 def _multiplies_bfloat16_quickly(like: Tensor) -> bool:
-    return like.device.type == "cpu" and torch.backends.mkldnn.enabled and _processor_has_bfloat16_products()
+    return like.device.type == "cpu" and bool(torch.backends.mkldnn.enabled) and _processor_has_bfloat16_products()
 
 
 @lru_cache

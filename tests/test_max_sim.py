@@ -1,0 +1,417 @@
+"""MaxSim and exact reranking against float64 brute force in numpy and against the official scores."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rarezoo.colbert_xm import max_sim as module
+from rarezoo.colbert_xm.max_sim import PackedDocuments, max_sim, max_sim_pairs, rerank
+
+from .cases import FIXTURES
+
+DIM = 16
+
+
+def brute_force(queries, documents, similarity="cosine") -> np.ndarray:
+    """Scores in float64, one query and one document at a time; -inf for documents without vectors."""
+    scores = np.full((len(queries), len(documents)), -np.inf)
+    for row, query in enumerate(queries):
+        for column, document in enumerate(documents):
+            if len(document):
+                query64, document64 = np.asarray(query, np.float64), np.asarray(document, np.float64)
+                similarities = query64 @ document64.T
+                if similarity == "l2":
+                    similarities = -np.square(query64[:, None] - document64[None]).sum(-1)
+                scores[row, column] = similarities.max(1).sum()
+    return scores
+
+
+def best_of(query, documents, top_k) -> tuple[np.ndarray, np.ndarray]:
+    """Positions and scores of the best documents by float64 scores rounded to float32, then by position."""
+    scores = brute_force([query], documents)[0].astype(np.float32)
+    positions = np.argsort(-scores, kind="stable")[:top_k]
+    return positions, scores[positions]
+
+
+def unit_vectors(generator, count: int, dim: int = DIM) -> torch.Tensor:
+    vectors = generator.standard_normal((count, dim)).astype(np.float32)
+    return torch.from_numpy(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
+
+
+def ragged(generator, lengths, dim: int = DIM) -> list[torch.Tensor]:
+    return [unit_vectors(generator, int(length), dim) for length in lengths]
+
+
+def padded(items) -> tuple[torch.Tensor, torch.Tensor]:
+    """The items padded with vectors that would win every maximum, and their mask."""
+    longest = max(len(item) for item in items)
+    vectors = torch.full((len(items), longest, items[0].shape[1]), 7.0)
+    mask = torch.zeros(len(items), longest, dtype=torch.bool)
+    for row, item in enumerate(items):
+        vectors[row, : len(item)] = item
+        mask[row, : len(item)] = True
+    return vectors, mask
+
+
+@pytest.fixture
+def generator():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(params=["bfloat16, float32", "float32"])
+def passes(request, monkeypatch):
+    """Whether there is a pass in bfloat16, which every processor can compute, though slowly; always one in float32."""
+    bfloat16 = request.param.startswith("bfloat16")
+    monkeypatch.setattr(module, "_processor_has_bfloat16_products", lambda: bfloat16)
+    monkeypatch.setattr(module, "_FEW_CANDIDATES", 1)
+
+
+@pytest.fixture(scope="module")
+def official():
+    return load_file(FIXTURES / "colbert_xm" / "expected.safetensors")
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["en", "fr", "sw", "ja", "en.legacy", "fr.legacy", "sw.legacy", "ja.legacy"])
+def test_official_scores(official, case):
+    scores = max_sim(official[f"{case}.Q"], official[f"{case}.D"], document_mask=official[f"{case}.D_mask"])
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, official[f"{case}.scores"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("language", ["en", "fr", "sw", "ja"])
+def test_official_l2_scores_which_know_no_mask(official, language):
+    scores = max_sim(official[f"{language}.Q"], official[f"{language}.D"], similarity="l2")
+    torch.testing.assert_close(scores, official[f"{language}.scores_l2"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "l2"])
+def test_list_padded_and_packed_give_the_same_scores(generator, similarity):
+    queries, documents = ragged(generator, [5, 1, 9]), ragged(generator, [4, 40, 1, 3, 17, 40, 2])
+    expected = brute_force(queries, documents, similarity)
+    query_lengths, document_lengths = [len(item) for item in queries], [len(item) for item in documents]
+    (query_rows, query_mask), (document_rows, document_mask) = padded(queries), padded(documents)
+    forms = {
+        "lists": max_sim(queries, documents, similarity=similarity),
+        "masks": max_sim(
+            query_rows, document_rows, query_mask=query_mask, document_mask=document_mask, similarity=similarity
+        ),
+        "lengths of padded": max_sim(
+            query_rows,
+            document_rows,
+            query_lengths=torch.tensor(query_lengths),
+            document_lengths=np.array(document_lengths),
+            similarity=similarity,
+        ),
+        "packed": max_sim(
+            torch.cat(queries),
+            torch.cat(documents),
+            query_lengths=query_lengths,
+            document_lengths=document_lengths,
+            similarity=similarity,
+        ),
+        "PackedDocuments": max_sim(queries, PackedDocuments(documents), similarity=similarity),
+        "PackedDocuments with mask": max_sim(
+            queries, PackedDocuments(document_rows, mask=document_mask), similarity=similarity
+        ),
+        "one by one": torch.cat([max_sim(query, documents, similarity=similarity) for query in queries]),
+    }
+    for form, scores in forms.items():
+        np.testing.assert_allclose(scores.numpy(), expected, atol=1e-5, err_msg=form)
+
+
+def test_negative_maxima_are_not_clamped(generator):
+    queries = [unit_vectors(generator, 4).abs()]
+    documents = [-unit_vectors(generator, length).abs() for length in (3, 20, 1)]
+    expected = brute_force(queries, documents)
+    assert (expected < -0.1).all()
+    np.testing.assert_allclose(max_sim(queries, documents).numpy(), expected, atol=1e-5)
+    assert rerank(queries[0], documents, 1).positions.tolist() == [expected[0].argmax()]
+
+
+def test_scores_do_not_depend_on_the_batch(generator):
+    query = unit_vectors(generator, 32, 128)
+    documents = ragged(generator, generator.integers(1, 300, 120), 128)
+    together = max_sim([query, query[:7]], documents)[0]
+    alone = torch.cat([max_sim(query, [document])[0] for document in documents])
+    torch.testing.assert_close(together, alone, rtol=1e-6, atol=1e-6)
+
+
+def test_many_queries_in_blocks_of_bounded_size(generator, monkeypatch):
+    queries, documents = ragged(generator, [32] * 300), ragged(generator, generator.integers(1, 60, 150))
+    expected = brute_force(queries[::50], documents)
+    sizes = []
+    original = module._best_similarities
+
+    def recorded(query_rows, block, similarity):
+        sizes.append(len(query_rows) * block.shape[0] * block.shape[1])
+        return original(query_rows, block, similarity)
+
+    monkeypatch.setattr(module, "_best_similarities", recorded)
+    np.testing.assert_allclose(max_sim(queries, documents)[::50].numpy(), expected, atol=1e-5)
+    assert max(sizes) <= 2**18 < sum(sizes) / 50
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_vectors_are_scored_in_float32(generator, dtype):
+    queries, documents = unit_vectors(generator, 32)[None].to(dtype), unit_vectors(generator, 300)[None].to(dtype)
+    scores = max_sim(queries, documents)
+    assert scores.dtype == torch.float32
+    expected = brute_force(queries.double().numpy(), documents.double().numpy())
+    np.testing.assert_allclose(scores.numpy(), expected, rtol=1e-6)
+
+
+def test_autocast_does_not_lower_the_precision(generator):
+    queries, documents = ragged(generator, [6]), ragged(generator, [5, 30])
+    expected = max_sim(queries, documents), rerank(queries[0], documents).scores
+    pairs = max_sim_pairs(torch.stack(queries), documents[0][None, None])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(max_sim(queries, documents), expected[0])
+        assert torch.equal(rerank(queries[0], documents).scores, expected[1])
+        assert torch.equal(max_sim_pairs(torch.stack(queries), documents[0][None, None]), pairs)
+
+
+def test_numpy_in_numpy_out(generator):
+    queries, documents = [item.numpy() for item in ragged(generator, [3, 4])], unit_vectors(generator, 12).numpy()
+    documents.flags.writeable = False  # as of a memory-mapped file
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scores = max_sim(queries, documents, document_lengths=[5, 7])
+        ranking = rerank(queries[0], documents[::2], document_lengths=[2, 4])
+    assert isinstance(scores, np.ndarray) and scores.dtype == np.float32
+    np.testing.assert_allclose(scores, brute_force(queries, [documents[:5], documents[5:]]), atol=1e-5)
+    assert isinstance(ranking.positions, np.ndarray) and isinstance(ranking.scores, np.ndarray)
+    assert isinstance(max_sim(queries, PackedDocuments(documents)), np.ndarray)
+    assert isinstance(max_sim(queries, torch.from_numpy(documents.copy())), torch.Tensor)
+    double = max_sim([query.astype(np.float64) for query in queries], documents)
+    assert double.dtype == np.float64
+
+
+def test_documents_without_vectors_score_minus_infinity(generator):
+    queries, documents = ragged(generator, [3]), ragged(generator, [0, 4, 0])
+    scores = max_sim(queries, documents)[0]
+    assert scores.isneginf().tolist() == [True, False, True]
+    rows, mask = padded(documents)
+    assert torch.equal(max_sim(queries, rows, document_mask=mask)[0], scores)
+    assert max_sim(queries, []).shape == (1, 0)
+    assert max_sim([], documents).shape == (0, 3)
+    assert max_sim(queries, documents[:1]).tolist() == [[-np.inf]]
+    pairs = max_sim_pairs(torch.stack(queries), rows[None], document_mask=mask[None])
+    torch.testing.assert_close(pairs[0], scores)
+
+
+# --- pairs and gradients ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "l2"])
+def test_pairs_are_the_diagonal_of_all_scores(generator, similarity):
+    queries, documents = ragged(generator, [5, 3, 5]), ragged(generator, [2, 9, 4, 9, 1, 6])
+    (query_rows, query_mask), (document_rows, document_mask) = padded(queries), padded(documents)
+    pairs = max_sim_pairs(
+        query_rows,
+        document_rows.view(3, 2, 9, DIM),
+        query_mask=query_mask,
+        document_mask=document_mask.view(3, 2, 9),
+        similarity=similarity,
+    )
+    expected = brute_force(queries, documents, similarity).reshape(3, 3, 2)[range(3), range(3)]
+    np.testing.assert_allclose(pairs.numpy(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "l2"])
+def test_gradients_in_float64(generator, similarity):
+    queries = [item.double().requires_grad_() for item in ragged(generator, [2, 3], 4)]
+    documents = [item.double().requires_grad_() for item in ragged(generator, [1, 5, 3], 4)]
+
+    def scores(*items):
+        return max_sim(list(items[:2]), list(items[2:]), similarity=similarity)
+
+    assert torch.autograd.gradcheck(scores, (*queries, *documents))
+    rows = torch.from_numpy(generator.standard_normal((2, 3, 4))).requires_grad_()
+    candidates = torch.from_numpy(generator.standard_normal((2, 2, 3, 4))).requires_grad_()
+    mask = torch.tensor([[[True, True, False], [True] * 3]] * 2)
+    assert torch.autograd.gradcheck(
+        lambda *sides: max_sim_pairs(*sides, document_mask=mask, similarity=similarity), (rows, candidates)
+    )
+
+
+def test_gradients_are_those_of_the_dense_formula(generator):
+    queries = unit_vectors(generator, 12).view(3, 4, DIM).requires_grad_()
+    documents = unit_vectors(generator, 40).view(5, 8, DIM).requires_grad_()
+    mask = torch.rand(5, 8, generator=torch.Generator().manual_seed(0)) < 0.6
+    mask[:, 3] = True
+    weights = torch.randn(3, 5, generator=torch.Generator().manual_seed(1))
+    dense = torch.einsum("aqd,bld->abql", queries, documents).masked_fill(~mask[None, :, None], -torch.inf)
+    expected = torch.autograd.grad((dense.amax(-1).sum(-1) * weights).sum(), (queries, documents))
+    found = torch.autograd.grad((max_sim(queries, documents, document_mask=mask) * weights).sum(), (queries, documents))
+    torch.testing.assert_close(found, expected)
+    only_documents = max_sim(queries.detach(), documents, document_mask=mask)
+    torch.testing.assert_close(torch.autograd.grad((only_documents * weights).sum(), documents)[0], expected[1])
+
+
+# --- exact order ------------------------------------------------------------------------------------------------------
+
+
+def assert_exact(query, documents, top_k=10):
+    positions, scores = best_of(query, documents, top_k)
+    for given in (documents, PackedDocuments(documents)):
+        ranking = rerank(query, given, top_k)
+        assert ranking.positions.tolist() == positions.tolist()
+        assert ranking.scores.tolist() == scores.tolist()
+
+
+def test_rerank_of_100_random_sets(passes):
+    for seed in range(100):
+        generator = np.random.default_rng(seed)
+        query = unit_vectors(generator, int(generator.integers(1, 33)))
+        assert_exact(query, ragged(generator, generator.integers(0, 12, 80)))
+
+
+def test_rerank_of_100_sets_that_differ_by_roundings(passes):
+    for seed in range(100):
+        generator = np.random.default_rng(seed)
+        assert_exact(unit_vectors(generator, 8), near_ties(generator, near_bfloat16_ties=bool(seed % 2)))
+
+
+def near_ties(generator, near_bfloat16_ties: bool) -> list[torch.Tensor]:
+    """Permutations of one document of which some components moved by a few units in the last place of float32, which
+    makes some scores equal and others almost. Optionally near the middle between two numbers of bfloat16, where
+    rounding to it reverses their order."""
+    base = unit_vectors(generator, 6)
+    if near_bfloat16_ties:
+        base = base.bfloat16().float() * (1 + 2.0**-9)
+    documents = []
+    for _ in range(90):
+        document = base[torch.from_numpy(generator.permutation(6))].clone()
+        for _ in range(int(generator.integers(0, 4))):
+            row, column = generator.integers(0, 6), generator.integers(0, DIM)
+            document[row, column] *= 1 + float(generator.choice([-1, 1])) * 2.0 ** -int(generator.choice([10, 22, 23]))
+        documents.append(torch.cat([document, document[: generator.integers(0, 6)]]))
+    return documents
+
+
+def test_equal_scores_stand_in_the_order_of_positions(generator, passes):
+    query, documents = unit_vectors(generator, 32, 128), ragged(generator, [180, 40], 128)
+    ranking = rerank(query, [documents[0]] * 30 + [documents[1]] + [documents[0]] * 30, 50)
+    assert ranking.positions.tolist() == [*range(30), *range(31, 51)]
+    assert len(set(ranking.scores.tolist())) == 1
+    zeros = rerank(query, torch.zeros(50, 3, 128), 5)
+    assert zeros.positions.tolist() == [0, 1, 2, 3, 4] and zeros.scores.tolist() == [0] * 5
+
+
+@pytest.mark.parametrize("scale", [1e-42, 1e-30, 1e-12, 1e6, 1e15])
+def test_rerank_of_vectors_of_any_size(generator, passes, scale):
+    documents = [item * scale for item in ragged(generator, generator.integers(1, 9, 60))]
+    assert_exact(unit_vectors(generator, 5), documents)
+    assert_exact(unit_vectors(generator, 5) * scale, ragged(generator, generator.integers(1, 9, 60)))
+
+
+@pytest.mark.parametrize(("dtype", "largest", "left"), [(torch.bfloat16, 0.3, 60), (torch.float32, 2e-3, 12)])
+def test_error_bounds_hold_and_exclude(generator, monkeypatch, dtype, largest, left):
+    monkeypatch.setattr(module, "_processor_has_bfloat16_products", lambda: True)
+    query = unit_vectors(generator, 32, 128)
+    documents = ragged(generator, generator.integers(1, 90, 300), 128)
+    exact = brute_force([query], documents)[0].astype(np.float32)
+    for prepared in (PackedDocuments(documents), None):
+        reranking = module._Reranking(query, documents, prepared)
+        positions, scores, bounds = reranking._approximate(list(range(300)), dtype)
+        assert sorted(positions.tolist()) == list(range(300))
+        error = np.abs(exact[positions] - scores.numpy())
+        assert (error <= bounds.numpy()).all() and error.max() > 0
+        assert bounds.max() < largest
+        assert 10 <= len(reranking._narrowed(list(range(300)), 10, dtype)) <= left
+
+
+def test_bfloat16_bound_is_reached(monkeypatch):
+    """The query, the document and their product, 257, are all rounded down, and the errors lie along the vectors."""
+    monkeypatch.setattr(module, "_processor_has_bfloat16_products", lambda: True)
+    vectors = torch.zeros(1, DIM)
+    vectors[0, 0], vectors[0, 1] = 16 * (1 + 0.999 * 2.0**-8), 1 + 0.999 * 2.0**-8
+    exact = brute_force([vectors], [vectors])[0, 0]
+    for prepared in (PackedDocuments([vectors]), None):
+        _, scores, bounds = module._Reranking(vectors, [vectors], prepared)._approximate([0], torch.bfloat16)
+        assert 0.99 * bounds.item() < exact - scores.item() <= bounds.item()
+
+
+def test_rerank_where_float32_products_may_be_rough(generator, passes):
+    query, documents = unit_vectors(generator, 8), ragged(generator, generator.integers(1, 9, 60))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert_exact(query, documents)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_rerank_of_few_and_of_empty_documents(generator, passes):
+    query, documents = unit_vectors(generator, 4), ragged(generator, [3, 0, 5, 0])
+    assert_exact(query, documents[:1])
+    assert_exact(query, documents, top_k=100)
+    assert rerank(query, documents).positions.tolist()[2:] == [1, 3]
+    assert len(rerank(query, []).positions) == 0 and len(rerank(query, PackedDocuments([])).scores) == 0
+    assert rerank(query, documents[1:2]).scores.tolist() == [-np.inf]
+
+
+def test_rerank_takes_a_masked_query_of_a_batch(generator):
+    query, documents = unit_vectors(generator, 4), ragged(generator, [3, 8, 5])
+    rows, mask = padded([query, unit_vectors(generator, 6)])
+    ranking = rerank(rows[:1], documents, query_mask=mask[:1])
+    assert ranking.scores.tolist() == rerank(query, documents).scores.tolist()
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+Q, D = torch.ones(1, 2, 4), torch.ones(3, 5, 4)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "call"),
+    [
+        (ValueError, "query vectors have 4 dimensions, document vectors 3", lambda: max_sim(Q, D[..., :3])),
+        (ValueError, "query vectors have 4 dimensions, document vectors 3", lambda: rerank(Q, D[..., :3])),
+        (ValueError, "query vectors have 4 dimensions", lambda: max_sim_pairs(Q, D[None, ..., :3])),
+        (ValueError, r"document 1 has shape \(5, 3\), expected \(n, 4\)", lambda: max_sim(Q, [D[0], D[0, :, :3]])),
+        (ValueError, r"document 0 has shape \(4,\)", lambda: max_sim(Q, list(D[0]))),
+        (ValueError, r"not \(4,\)", lambda: max_sim(Q, D[0, 0])),
+        (ValueError, r"not \(1, 2, 4\) and \(3, 5, 4\)", lambda: max_sim_pairs(Q, D)),
+        (TypeError, "must be floating-point numbers, not torch.int64", lambda: max_sim(Q, D.long())),
+        (TypeError, "must be floating-point numbers, not int64", lambda: max_sim(Q, D.long().numpy())),
+        (TypeError, "torch tensors or numpy arrays, not str", lambda: max_sim(["text"], D)),
+        (TypeError, "torch tensors or numpy arrays, not NoneType", lambda: rerank(None, D)),
+        (ValueError, "add up to 14, but there are 15", lambda: max_sim(Q, D.view(15, 4), document_lengths=[7, 7])),
+        (ValueError, "whole numbers", lambda: max_sim(Q, D.view(15, 4), document_lengths=[16, -1])),
+        (ValueError, "whole numbers", lambda: max_sim(Q, D.view(15, 4), document_lengths=[7.5, 7.5])),
+        (ValueError, "expected 3 document_lengths, none above 5", lambda: max_sim(Q, D, document_lengths=[5, 6, 5])),
+        (ValueError, "not both", lambda: max_sim(Q, D, document_lengths=[5] * 3, document_mask=D[..., 0] > 0)),
+        (ValueError, "do not go with a list", lambda: max_sim(Q, list(D), document_lengths=[5] * 3)),
+        (ValueError, r"has shape \(3, 4\), expected \(3, 5\)", lambda: max_sim(Q, D, document_mask=D[:, :4, 0] > 0)),
+        (TypeError, "must be boolean", lambda: max_sim(Q, D, document_mask=D[..., 0])),
+        (ValueError, "query 0 has no vectors", lambda: max_sim(Q, D, query_mask=Q[..., 0] < 0)),
+        (ValueError, "query 0 has no vectors", lambda: max_sim_pairs(Q, D[None], query_mask=Q[..., 0] < 0)),
+        (ValueError, "one of cosine, l2, not 'dot'", lambda: max_sim(Q, D, similarity="dot")),
+        (ValueError, "query 0 and document 0 is NaN", lambda: max_sim(Q, D * torch.nan)),
+        (ValueError, "document 0 holds NaN", lambda: rerank(Q, D * torch.nan)),
+        (ValueError, "document 0 holds NaN", lambda: PackedDocuments(D * torch.inf)),
+        (ValueError, "query 0 holds NaN", lambda: rerank(Q * torch.nan, D)),
+        (ValueError, "rerank takes one query", lambda: rerank(D, D)),
+        (ValueError, "top_k must be at least 1, not 0", lambda: rerank(Q, D, 0)),
+        (TypeError, "top_k must be a whole number, not float", lambda: rerank(Q, D, 2.0)),
+    ],
+)
+def test_errors_say_what_is_wrong(error, message, call):
+    with pytest.raises(error, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+def test_nan_in_one_of_many_documents_is_found(generator, passes):
+    documents = ragged(generator, [3] * 60)
+    documents[41][1, 2] = torch.nan
+    for given in (max_sim, rerank):
+        with pytest.raises(ValueError, match="document 41"):
+            given(unit_vectors(generator, 4), documents)
