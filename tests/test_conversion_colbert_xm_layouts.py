@@ -371,6 +371,20 @@ def test_command(colbert_fixtures, converted, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_command_says_in_one_line_what_is_wrong(pylate, official, tmp_path):
+    new = tmp_path / "new"
+    write_dnn(official, lambda name: f"model.{name}", arguments=ARGUMENTS).write_bytes(b"no pickle at all")
+    assert "colbert-100.dnn is damaged, truncated or" in refused("convert", "colbert_xm", official, new)
+    change(pylate / "config.json", vocab_size=100)
+    assert "they do not belong together" in refused("convert", "colbert_xm", pylate, new)
+    shutil.rmtree(pylate / "1_Dense")
+    assert "has no 1_Dense/config.json" in refused("convert", "colbert_xm", pylate, new)
+    change(pylate / "config.json", model_type="bert")
+    assert "describes a 'bert' model" in refused("convert", "colbert_xm", pylate, new)
+    assert "is a file; expected the folder" in refused("convert", "colbert_xm", pylate / "model.safetensors", new)
+    assert not list(tmp_path.glob("*new*"))
+
+
 def test_damaged_weights_of_one_part(pylate, tmp_path):
     weights = load_file(pylate / "1_Dense" / "model.safetensors")
     save_file(
