@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -202,7 +203,7 @@ def _compare_retrieval(models: Mapping[str, Any], processor: Any, evaluation: Ev
 
 
 def _ndcg(run: Mapping[str, Mapping[str, float]], evaluation: EvaluationSet) -> float:
-    """Mean over all judged queries; one without results counts as 0."""
+    """Mean over all judged queries; one without results counts as 0, which a warning says."""
     import ir_measures
 
     # Ranks in place of scores: ir-measures' programs order equal scores differently.
@@ -212,6 +213,12 @@ def _ndcg(run: Mapping[str, Mapping[str, float]], evaluation: EvaluationSet) -> 
         if documents and query in evaluation.qrels
     }
     judged = {query: dict(grades) for query, grades in evaluation.qrels.items()}
+    missing = [query for query in judged if query not in ranks]
+    if missing:
+        shown = f"{', '.join(map(repr, missing[:3]))}{', …' if len(missing) > 3 else ''}"
+        warnings.warn(
+            f"{len(missing)} of {len(judged)} judged queries have no results and count as 0: {shown}", stacklevel=3
+        )
     values = [value.value for value in ir_measures.iter_calc([ir_measures.nDCG @ 10], judged, ranks)] if ranks else []
     return math.fsum(values) / len(judged)
 

@@ -339,14 +339,16 @@ def test_ranking_leaves_out_what_was_not_found():
     silent = Table({"": [0.0], "paris": [1.0]})
     runs = [rank(silent, None, nothing)] * 2
     assert runs[0] == {"q": {}}
-    assert compare_runs(*runs, nothing)["nDCG@10"]["full_precision"] == 0
+    with pytest.warns(UserWarning, match="1 of 1 judged queries have no results and count as 0: 'q'"):
+        assert compare_runs(*runs, nothing)["nDCG@10"]["full_precision"] == 0
 
     queries = {"d1": "?", "unjudged": "?", "lost": ""}
     evaluation = EvaluationSet(queries, nothing.documents, {"d1": {"d3": 1}, "lost": {"d0": 1}, "absent": {"d0": 1}})
     model = Table({**silent.vectors, "?": [2.0]})
     run = rank(model, None, evaluation)
     assert list(run) == ["d1", "lost"] and list(run["d1"]) == ["d4", "d3", "d2", "d0"]
-    found = compare_runs(run, run, evaluation)
+    with pytest.warns(UserWarning, match="2 of 3 judged queries have no results and count as 0: 'lost', 'absent'"):
+        found = compare_runs(run, run, evaluation)
     assert found["queries"] == 2
     assert found["nDCG@10"]["full_precision"] == pytest.approx(1 / np.log2(3) / 3)
     with pytest.warns(UserWarning, match="2 of 3 judged queries have no results"):
