@@ -110,7 +110,7 @@ def open_checkpoint(
 
 
 def detect_layout(folder: Path) -> str:
-    """ "rarezoo", "stanford", "pylate" or "sentence-transformers".
+    """The name of a folder's layout: "rarezoo", "stanford", "pylate" or "sentence-transformers".
 
     Raises:
         ConversionError: something else; the message says what.

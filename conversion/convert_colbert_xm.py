@@ -194,7 +194,7 @@ def _write_pylate(
     verify_weights(target, written)
     verify_weights(target / DENSE_FOLDER, dense)
     if opened.processor.marker_mode != "insert":
-        opened.notes.append("PyLate inserts markers; this checkpoint was made for 'replace': vectors differ a little.")
+        opened.notes.append("PyLate inserts markers; this checkpoint was made for 'replace', whose vectors differ.")
     if opened.config.similarity != "cosine":
         opened.notes.append(f"PyLate scores by cosine, which ranks as {opened.config.similarity!r} does.")
     return [written, dense], dropped
