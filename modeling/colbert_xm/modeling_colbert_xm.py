@@ -20,7 +20,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .configuration_colbert_xm import ColBERTXMConfig
-from .max_sim import max_sim
+from .max_sim import Ranking, max_sim, rerank
 from .processing_colbert_xm import ColBERTXMProcessor
 
 Language = str | None | Sequence[str | None] | Callable[[str], str]
@@ -399,6 +399,20 @@ class ColBERTXMForRetrieval(ColBERTXMPreTrainedModel):
             (queries, documents) float32.
         """
         return max_sim(queries, documents, similarity=self.config.similarity, **masks)
+
+    def rerank(self, query, documents, top_k: int = 10, **masks) -> Ranking:
+        """The best documents of one query, exactly; see `max_sim.rerank` for the forms of inputs.
+
+        Args:
+            query: (length, dim), one of `encode_queries`.
+            documents: as `encode_documents` gives them, or `PackedDocuments` where they serve several queries.
+            top_k: results.
+
+        Returns:
+            `Ranking(positions, scores)`, best first. With `similarity="l2"` the order is the same, since all vectors
+            have length 1; the scores are those of the cosine.
+        """
+        return rerank(query, documents, top_k, **masks)
 
 
 def _batches(lang_ids: Sequence[int], lengths: Sequence[int], batch_size: int) -> Iterable[list[int]]:
