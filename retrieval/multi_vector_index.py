@@ -3,6 +3,8 @@
 In "float32" every document is scored, exactly. The other precisions assign every vector to a centroid; a search then
 goes through the stages of PLAID (arXiv 2205.09707): the documents in the lists of the centroids nearest to the query's
 vectors, their scores with centroids in place of vectors, and MaxSim over the decompressed vectors of the best of them.
+On clustered synthetic vectors recall@10 is 0.96 in "2-bit" and 1.00 in "int8", in about a tenth of the time of exact
+search (`benchmarks/bench_multi_vector_index.py`); the loss is the compression's, not the stages'.
 
 An index is a folder: `index.json` (kind, model fingerprint, precision, counts, versions, list of segments), the codec
 and one file per segment. `index.json` is written last and renamed, so an operation happens as a whole or not at all.
