@@ -14,7 +14,7 @@ from rarezoo.cli.options import JsonOption
 from rarezoo.cli.output import print_json
 
 if TYPE_CHECKING:
-    from rarezoo.training import SparseTrainingRecipe
+    from rarezoo.training import TrainingRecipe
 
 
 def train(
@@ -29,21 +29,21 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in OUTPUT.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Train a retriever by a recipe.
+    """Train a retriever, sparse or multi-vector, by a recipe.
 
     The output is a checkpoint with its recipe and its log. Several processes share the work under
     `accelerate launch -m rarezoo.cli train …`.
     """
     changes = read_assignments("--set", change or [])
     _check_paths(recipe, output, resume)
-    from rarezoo.training import SparseTrainingRecipe
+    from rarezoo.training import load_recipe
     from rarezoo.training import train as run_recipe
 
-    start = SparseTrainingRecipe.load(recipe)
+    start = load_recipe(recipe)
     settings = start.to_dict()
     for name, value in changes.items():
         _set(settings, start, name, value)
-    result = run_recipe(SparseTrainingRecipe.from_dict(settings), output, resume=resume)
+    result = run_recipe(type(start).from_dict(settings), output, resume=resume)
     if int(os.environ.get("RANK", "0")):  # of several processes one answers
         return
     if json:
@@ -64,7 +64,7 @@ def _check_paths(recipe: Path, output: Path, resume: bool) -> None:
         raise FileExistsError(f"{output} is not empty; choose another folder, or resume the run that began there")
 
 
-def _set(settings: dict[str, Any], recipe: SparseTrainingRecipe, name: str, value: Any) -> None:
+def _set(settings: dict[str, Any], recipe: TrainingRecipe, name: str, value: Any) -> None:
     """Set a field; a dot leads into a section: `objective.score_scale`."""
     section, dot, inner = name.partition(".")
     target: Any = recipe

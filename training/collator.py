@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -128,13 +128,13 @@ class RetrievalCollator:
         self.prompt = prompt
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        examples = [parse_row(row, self.queries, self.corpus) for row in rows]
+        examples = [self.read(row) for row in rows]
         _check_alike(examples, rows)
         documents = [example.positive for example in examples]
         for position in range(len(examples[0].negatives)):
             documents += [example.negatives[position] for example in examples]
         batch: dict[str, Any] = {
-            "queries": dict(self.processor.process_queries([e.query for e in examples], prompt=self.prompt)),
+            "queries": dict(self.process_queries([example.query for example in examples])),
             "documents": dict(self.processor.process_documents(documents)),
         }
         if examples[0].scores is not None:
@@ -142,6 +142,73 @@ class RetrievalCollator:
         if examples[0].margins is not None:
             batch["teacher_margins"] = torch.tensor([example.margins for example in examples])
         return batch
+
+    def read(self, row: Mapping[str, Any]) -> RetrievalExample:
+        return parse_row(row, self.queries, self.corpus)
+
+    def process_queries(self, texts: list[str]) -> Mapping[str, torch.Tensor]:
+        return self.processor.process_queries(texts, prompt=self.prompt)
+
+
+class LateInteractionCollator(RetrievalCollator):
+    """Turns rows into the inputs of `LateInteractionTrainer`.
+
+    Args:
+        processor: the retriever's processor.
+        config: the retriever's configuration, which knows its languages.
+        queries, corpus: tables of texts by id.
+        nway: passages of a row that are used, the positive and the first `nway - 1` negatives; None takes all.
+        language: of rows without a column `language`; None takes the model's default.
+
+    The dict is that of `RetrievalCollator`, each side with `keep_mask` and `lang_ids` `(texts,)` too.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        config: Any,
+        queries: Mapping[str, str] | None = None,
+        corpus: Mapping[str, str] | None = None,
+        nway: int | None = None,
+        language: str | None = None,
+    ):
+        super().__init__(processor, queries, corpus)
+        self.config = config
+        self.nway = nway
+        self.language = language
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        batch = super().__call__(rows)
+        ids = torch.tensor([self.language_id(row) for row in rows])
+        for side in ("queries", "documents"):
+            batch[side]["lang_ids"] = ids.repeat(len(batch[side]["input_ids"]) // len(rows))
+        return batch
+
+    def read(self, row: Mapping[str, Any]) -> RetrievalExample:
+        """The row with its positive and its first `nway - 1` negatives."""
+        example = super().read(row)
+        if self.nway is None:
+            return example
+        if self.nway > len(example.negatives) + 1:
+            raise ValueError(
+                f"{_place(row)}nway is {self.nway}, but the row has a positive and {len(example.negatives)} negative(s)"
+            )
+        return replace(
+            example,
+            negatives=example.negatives[: self.nway - 1],
+            scores=None if example.scores is None else example.scores[: self.nway],
+            margins=None if example.margins is None else example.margins[: self.nway - 1],
+        )
+
+    def language_id(self, row: Mapping[str, Any]) -> int:
+        language = row.get("language")
+        try:
+            return self.config.language_id(self.language if language is None else language)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{_place(row)}{error}") from None
+
+    def process_queries(self, texts: list[str]) -> Mapping[str, torch.Tensor]:
+        return self.processor.process_queries(texts)
 
 
 def _required(row: Mapping[str, Any], column: str, wanted: str) -> Any:

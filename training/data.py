@@ -9,17 +9,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from rarezoo.training.triples import (
+    TrainingRow,
+    TripleRows,
+    is_plain_table,
+    is_triple_file,
+    open_text,
+    read_plain_table,
+)
+
 ROW_FORMATS = ".jsonl, .tsv, .jsonl.gz, .tsv.gz, .parquet, or a folder written by datasets' save_to_disk"
-
-
-class TrainingRow(dict):
-    """A row that knows where it was read, for error messages: "pairs.jsonl, line 3"."""
-
-    __slots__ = ("where",)
-
-    def __init__(self, columns: Mapping[str, Any], where: str):
-        super().__init__(columns)
-        self.where = where
 
 
 class _StoredRows(Sequence[TrainingRow]):
@@ -52,7 +51,8 @@ def read_training_rows(path: str | Path) -> Sequence[TrainingRow]:
     """Rows of training data, see `rarezoo.training.collator.parse_row` for their columns.
 
     Files: JSON lines; tab-separated values with a header line; Parquet, or a folder written by `Dataset.save_to_disk`
-    (both stay on disk and need the `datasets` library: the choice for millions of rows).
+    (both stay on disk and need the `datasets` library: the choice for millions of rows). Of JSON lines that begin with
+    a list, see `rarezoo.training.triples.TripleRows`: colbert-ai's format.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -69,6 +69,8 @@ def read_training_rows(path: str | Path) -> Sequence[TrainingRow]:
         from datasets import Dataset
 
         rows = _StoredRows(Dataset.from_parquet(str(path)), path)
+    elif is_triple_file(path):
+        rows = TripleRows(path)
     else:
         rows = list(_read_lines(path))
     if len(rows) == 0:
@@ -77,7 +79,13 @@ def read_training_rows(path: str | Path) -> Sequence[TrainingRow]:
 
 
 def read_text_table(path: str | Path) -> dict[str, str]:
-    """A table id -> text from rows with `_id` or `id`, `text`, and optionally `title`, which goes before the text."""
+    """A table id -> text from rows with `_id` or `id`, `text`, and optionally `title`, which goes before the text.
+
+    A `.tsv` file without such a header line is colbert-ai's: see `rarezoo.training.triples.read_plain_table`.
+    """
+    path = Path(path)
+    if is_plain_table(path):
+        return read_plain_table(path)
     table = {}
     for row in read_training_rows(path):
         identifier = row.get("_id", row.get("id"))
@@ -92,16 +100,10 @@ def _read_lines(path: Path) -> Iterator[TrainingRow]:
     if suffix not in (".jsonl", ".tsv", ".jsonl.gz", ".tsv.gz"):
         raise ValueError(f"cannot read training data from {path}; expected {ROW_FORMATS}")
     try:
-        with _open_text(path) as lines:
+        with open_text(path) as lines:
             yield from _json_rows(path, lines) if suffix.startswith(".jsonl") else _tsv_rows(path, lines)
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
         raise ValueError(f"{path}: cannot be read as text in UTF-8 ({error})") from None
-
-
-def _open_text(path: Path) -> IO[str]:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8", newline="")
-    return path.open(encoding="utf-8", newline="")
 
 
 def _json_rows(path: Path, lines: IO[str]) -> Iterator[TrainingRow]:

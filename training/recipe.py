@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -9,9 +10,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from rarezoo.auto import FAMILIES
+from rarezoo.training.late_interaction_losses import LateInteractionObjective
 from rarezoo.training.objective import SparseObjective, check_field_types
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 RECIPE_FILE = "training_recipe.json"
 
@@ -25,37 +31,39 @@ _POSITIVE = (
     "max_steps",
     "epochs",
     "logging_steps",
+    "adam_epsilon",
+    "nway",
+    "accumulation_steps",
 )
 
 
 @dataclass
-class SparseTrainingRecipe:
-    """Everything that a training run of a sparse retriever depends on.
+class TrainingRecipe:
+    """What training runs of all kinds of retriever depend on; the subclasses add the rest and their own defaults.
 
     Args:
         training_data: file of rows, see `read_training_rows` and `parse_row`.
-        queries, corpus: files of texts by id, for rows that hold ids.
+        queries, corpus: files of texts by id, for rows that hold ids, see `read_text_table`.
         evaluation_data: file of rows whose losses are logged beside the training's.
         model: checkpoint folder or Hub name of a retriever to fine-tune; or None, and
         preset: architecture preset to start from scratch, of `family`.
-        family: `model_type` of the preset.
+        family: `model_type` of the model or preset.
         tokenizer: for a preset: tokenizer folder or Hub name; None trains one on the rows' texts.
         vocabulary_size: for a preset: entries of the trained tokenizer; None takes the preset's.
-        initialization: for a preset: "random", or "lexical", see `initialize_as_lexical_matcher`.
+        initialization: for a preset: "random" or "lexical".
         config: fields of the model's configuration to override, for example `{"logit_scale": 0.125}`.
         processor: arguments of the processor to override, for example `{"max_document_length": 128}`.
         lora: True, False, or None: LoRA for backbones above 0.5 billion parameters, else full fine-tuning. The recipe
             that is stored with a checkpoint says which it was.
-        lora_rank, lora_alpha, lora_dropout: of LoRA; defaults as reported for Echo-Mistral-SPLADE.
+        lora_rank, lora_alpha, lora_dropout: of LoRA.
         lora_target_modules: names of the adapted layers; None takes the family's.
-        lora_on_head: adapt the vocabulary head too.
+        lora_on_head: adapt the head too (the vocabulary head, or the projection to token vectors).
         quantization: None, or "nf4": keep the frozen weights in 4 bits during training (QLoRA).
         dtype: of the loaded weights; None takes bfloat16 for frozen weights under LoRA, float32 otherwise.
-        objective: losses, regularisers and their schedule.
         learning_rate: highest value; a linear warm-up, then `scheduler`.
         scheduler: name of a transformers scheduler.
         warmup_ratio: part of the steps in which the learning rate grows.
-        weight_decay, max_grad_norm: as in `TrainingArguments`.
+        weight_decay, adam_epsilon, max_grad_norm: as in `TrainingArguments`.
         batch_size: rows per step and process; every other row's documents are negatives.
         mini_batch_size: texts encoded at a time, see `encode_in_chunks`; None keeps the whole batch's activations.
         max_steps: optimiser steps; None runs `epochs`.
@@ -63,9 +71,11 @@ class SparseTrainingRecipe:
         bf16: compute in bfloat16 autocast.
         activation_checkpointing: recompute each layer in the backward pass instead of keeping its activations.
         logging_steps, save_steps: steps between log entries and between checkpoints (0: no checkpoints).
-        stop_on_collapse: end the run when the representations become empty.
         seed: of initialisation, order of rows and dropout.
     """
+
+    representation: ClassVar[str]
+    objective_class: ClassVar[type]
 
     training_data: str | None = None
     queries: str | None = None
@@ -73,7 +83,7 @@ class SparseTrainingRecipe:
     evaluation_data: str | None = None
     model: str | None = None
     preset: str | None = None
-    family: str = "mistral_splade"
+    family: str = ""
     tokenizer: str | None = None
     vocabulary_size: int | None = None
     initialization: str = "random"
@@ -87,11 +97,12 @@ class SparseTrainingRecipe:
     lora_on_head: bool = False
     quantization: str | None = None
     dtype: str | None = None
-    objective: SparseObjective = field(default_factory=SparseObjective)
+    objective: Any = None
     learning_rate: float = 1e-4
-    scheduler: str = "cosine"
-    warmup_ratio: float = 0.05
+    scheduler: str = "linear"
+    warmup_ratio: float = 0.1
     weight_decay: float = 0.0
+    adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
     batch_size: int = 128
     mini_batch_size: int | None = None
@@ -101,15 +112,14 @@ class SparseTrainingRecipe:
     activation_checkpointing: bool = False
     logging_steps: int = 10
     save_steps: int = 500
-    stop_on_collapse: bool = False
     seed: int = 0
 
     def __post_init__(self):
         if isinstance(self.objective, Mapping):
-            self.objective = SparseObjective(**_known_fields(SparseObjective, self.objective))
+            self.objective = self.objective_class(**_known_fields(self.objective_class, self.objective))
         check_field_types(self)
         for name in _POSITIVE:
-            value = getattr(self, name)
+            value = getattr(self, name, None)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be above 0, found {value}")
         if (self.model is None) == (self.preset is None):
@@ -125,6 +135,56 @@ class SparseTrainingRecipe:
             raise ValueError("LoRA and quantization keep pretrained weights frozen; a preset has none: set a model")
         if self.quantization and self.lora is False:
             raise ValueError("quantized weights cannot be trained themselves; set lora to true or null")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> Self:
+        """Raises `ValueError` for unknown fields."""
+        return cls(**_known_fields(cls, settings))
+
+    def save(self, path: str | Path) -> None:
+        """Write the recipe as JSON, or as YAML where the name ends in .yaml or .yml."""
+        path = Path(path)
+        if path.suffix in (".yaml", ".yml"):
+            import yaml
+
+            text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        else:
+            text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        write_whole(path, text)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a recipe file, or the one stored in a checkpoint folder."""
+        path = _recipe_file(path)
+        try:
+            return cls.from_dict(_read_settings(path))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+@dataclass
+class SparseTrainingRecipe(TrainingRecipe):
+    """Everything that a training run of a sparse retriever depends on: the fields of `TrainingRecipe`, and
+
+    Args:
+        objective: losses, regularisers and their schedule.
+        stop_on_collapse: end the run when the representations become empty.
+
+    The defaults of LoRA are those reported for Echo-Mistral-SPLADE; `initialization: lexical` is
+    `initialize_as_lexical_matcher`.
+    """
+
+    representation: ClassVar[str] = "sparse"
+    objective_class: ClassVar[type] = SparseObjective
+
+    family: str = "mistral_splade"
+    objective: SparseObjective = field(default_factory=SparseObjective)
+    scheduler: str = "cosine"
+    warmup_ratio: float = 0.05
+    stop_on_collapse: bool = False
 
     @classmethod
     def small_from_scratch(cls, **overrides: Any) -> SparseTrainingRecipe:
@@ -154,45 +214,106 @@ class SparseTrainingRecipe:
         }
         return cls(**{**settings, **overrides})
 
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+
+@dataclass
+class LateInteractionRecipe(TrainingRecipe):
+    """Everything that a training run of a multi-vector retriever depends on: the fields of `TrainingRecipe`, and
+
+    Args:
+        objective: the losses and their weights.
+        nway: passages of a row that are used: the positive and the first `nway - 1` negatives; None takes all.
+        language: of rows without a column `language`: X-MOD code, ISO code or BCP-47 tag; None takes the model's
+            default language.
+        freeze: train neither embeddings nor language adapters, so that the other languages profit; False trains all.
+            With LoRA they are frozen in any case.
+        accumulation_steps: batches whose gradients are averaged before a step; each has its own in-batch negatives.
+
+    The defaults are those of the published weights (arXiv 2402.15059 and colbert-ai): AdamW with peak learning rate
+    3e-6 after 10 % warm-up, linear decay, epsilon 1e-6, weight decay 0.01 of all trained weights, gradients clipped at
+    norm 2, batches of 128, one pass over the data (there 50,000 steps with one hard negative each), seed 42. Lengths
+    are the processor's. `initialization: lexical` is `initialize_as_lexical_late_interaction`.
+    """
+
+    representation: ClassVar[str] = "multi-vector"
+    objective_class: ClassVar[type] = LateInteractionObjective
+
+    family: str = "colbert_xm"
+    objective: LateInteractionObjective = field(default_factory=LateInteractionObjective)
+    lora: bool | None = False
+    learning_rate: float = 3e-6
+    weight_decay: float = 0.01
+    adam_epsilon: float = 1e-6
+    max_grad_norm: float = 2.0
+    seed: int = 42
+    nway: int | None = None
+    language: str | None = None
+    freeze: bool = True
+    accumulation_steps: int = 1
 
     @classmethod
-    def from_dict(cls, settings: Mapping[str, Any]) -> SparseTrainingRecipe:
-        """Raises `ValueError` for unknown fields."""
-        return cls(**_known_fields(cls, settings))
+    def small_from_scratch(cls, **overrides: Any) -> LateInteractionRecipe:
+        """A two-layer model from nothing but a few thousand short texts, on two CPU cores in about two minutes."""
+        settings: dict[str, Any] = {
+            "preset": "tiny",
+            "initialization": "lexical",
+            # The more directions, the less do different words resemble each other; dropout would blur them.
+            "config": {"dim": 120, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+            "processor": {"max_query_length": 32, "max_document_length": 96},
+            "vocabulary_size": 4096,
+            "freeze": False,  # nothing here is pretrained
+            # Scores of the lexical start differ by less than the scores of long training do.
+            "objective": LateInteractionObjective(score_scale=4.0),
+            "learning_rate": 1e-3,
+            "batch_size": 64,
+            "max_steps": 60,
+            "save_steps": 0,
+        }
+        return cls(**{**settings, **overrides})
 
-    def save(self, path: str | Path) -> None:
-        """Write the recipe as JSON, or as YAML where the name ends in .yaml or .yml."""
-        path = Path(path)
-        if path.suffix in (".yaml", ".yml"):
-            import yaml
 
-            text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
-        else:
-            text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
-        write_whole(path, text)
+def load_recipe(path: str | Path) -> TrainingRecipe:
+    """Read a recipe file, or the one stored in a checkpoint folder, of whichever kind (see `recipe_class`)."""
+    return recipe_class(_read_settings(_recipe_file(path))).load(path)
 
-    @classmethod
-    def load(cls, path: str | Path) -> SparseTrainingRecipe:
-        """Read a recipe file, or the one stored in a checkpoint folder."""
-        path = Path(path)
-        path = path / RECIPE_FILE if path.is_dir() else path
-        if not path.is_file():
-            raise FileNotFoundError(f"no training recipe at {path}")
-        text = path.read_text(encoding="utf-8")
-        import yaml
 
-        try:
-            settings = yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
-        except (ValueError, yaml.YAMLError) as error:
-            raise ValueError(f"{path} is not valid: {' '.join(str(error).split())}") from None
-        if not isinstance(settings, dict):
-            raise ValueError(f"{path} must hold the fields of a recipe, found {type(settings).__name__}")
-        try:
-            return cls.from_dict(settings)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+def recipe_class(settings: Mapping[str, Any]) -> type[TrainingRecipe]:
+    """The kind of recipe, by the family that it names or else by its model's; a preset without a family is sparse."""
+    family = settings.get("family")
+    if family is None and isinstance(settings.get("model"), str):
+        family = family_of(settings["model"])
+    representation = FAMILIES[family].representation if family in FAMILIES else "sparse"
+    return {kind.representation: kind for kind in (SparseTrainingRecipe, LateInteractionRecipe)}[representation]
+
+
+def family_of(model: str) -> str | None:
+    """The family that reads a checkpoint, also one in its official layout; None where there is none of either."""
+    for family in FAMILIES.values():
+        with contextlib.suppress(OSError, ValueError):
+            settings, _ = family.config_class().get_config_dict(model)
+            if settings.get("model_type") == family.name:
+                return family.name
+    return None
+
+
+def _recipe_file(path: str | Path) -> Path:
+    path = Path(path)
+    path = path / RECIPE_FILE if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"no training recipe at {path}")
+    return path
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    text = path.read_text(encoding="utf-8")
+    import yaml
+
+    try:
+        settings = yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is not valid: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold the fields of a recipe, found {type(settings).__name__}")
+    return settings
 
 
 def _known_fields(kind: type, settings: Mapping[str, Any]) -> dict[str, Any]:

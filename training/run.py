@@ -1,4 +1,4 @@
-"""Carrying out a `SparseTrainingRecipe`: build, train, export."""
+"""Carrying out a recipe: build, train, export."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModel,
-    AutoProcessor,
     AutoTokenizer,
     PreTrainedModel,
     TrainerCallback,
@@ -30,11 +29,22 @@ from transformers.utils import logging
 
 from rarezoo.auto import FAMILIES, Family
 from rarezoo.configs import load_preset, read_preset
-from rarezoo.training.collator import RetrievalCollator, parse_row
+from rarezoo.training.collator import LateInteractionCollator, RetrievalCollator, parse_row
 from rarezoo.training.data import read_text_table, read_training_rows
 from rarezoo.training.from_scratch import initialize_as_lexical_matcher, train_tokenizer
-from rarezoo.training.recipe import RECIPE_FILE, SparseTrainingRecipe, write_whole
-from rarezoo.training.trainer import SparseRetrievalTrainer
+from rarezoo.training.late_interaction_from_scratch import (
+    initialize_as_lexical_late_interaction,
+    train_xlm_r_tokenizer,
+)
+from rarezoo.training.recipe import (
+    RECIPE_FILE,
+    LateInteractionRecipe,
+    SparseTrainingRecipe,
+    TrainingRecipe,
+    family_of,
+    write_whole,
+)
+from rarezoo.training.trainer import LateInteractionTrainer, RetrievalTrainer, SparseRetrievalTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -48,7 +58,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def train(
-    recipe: SparseTrainingRecipe,
+    recipe: TrainingRecipe,
     output_dir: str | Path,
     *,
     rows: Rows | None = None,
@@ -63,7 +73,7 @@ def train(
     alone. Intermediate checkpoints, if any, stand in `checkpoints/`.
 
     Args:
-        recipe: what to do.
+        recipe: what to do; its class tells the kind of retriever.
         output_dir: a new or empty folder; with `resume`, that of the interrupted run.
         rows: training rows, instead of `recipe.training_data`.
         evaluation_rows: rows whose losses are logged ten times, instead of `recipe.evaluation_data`.
@@ -94,15 +104,15 @@ def train(
     else:
         model, processor = load_for_training(recipe)
     args = _training_arguments(recipe, checkpoints, len(rows), evaluation_rows is not None)
-    trainer = SparseRetrievalTrainer(
-        model,
-        args,
-        objective=recipe.objective,
-        mini_batch_size=recipe.mini_batch_size,
-        stop_on_collapse=recipe.stop_on_collapse,
+    trainer = _KINDS[type(recipe)].make_trainer(
+        recipe,
+        processor,
+        queries,
+        corpus,
+        model=model,
+        args=args,
         train_dataset=rows,
         eval_dataset=evaluation_rows,
-        data_collator=RetrievalCollator(processor, queries=queries, corpus=corpus),
         processing_class=processor,
         callbacks=callbacks,
     )
@@ -127,8 +137,76 @@ def train(
     }
 
 
+class _SparseRun:
+    """What training a sparse retriever is made of."""
+
+    train_tokenizer = staticmethod(train_tokenizer)
+    initialize = staticmethod(initialize_as_lexical_matcher)
+
+    @staticmethod
+    def check_pair(model: Any, processor: Any) -> None:
+        if processor.attention_mode != model.config.attention_mode:
+            raise ValueError(
+                f"the model reads attention_mode={model.config.attention_mode!r}, the processor writes "
+                f"{processor.attention_mode!r}; set the same in the recipe's config and processor"
+            )
+
+    @staticmethod
+    def prepare(recipe: Any, model: Any) -> None:
+        """Nothing is frozen."""
+
+    @staticmethod
+    def make_trainer(recipe: Any, processor: Any, queries: Any, corpus: Any, **arguments: Any) -> RetrievalTrainer:
+        return SparseRetrievalTrainer(
+            objective=recipe.objective,
+            mini_batch_size=recipe.mini_batch_size,
+            stop_on_collapse=recipe.stop_on_collapse,
+            data_collator=RetrievalCollator(processor, queries=queries, corpus=corpus),
+            **arguments,
+        )
+
+
+class _LateInteractionRun:
+    """What training a multi-vector retriever is made of."""
+
+    train_tokenizer = staticmethod(train_xlm_r_tokenizer)
+    initialize = staticmethod(initialize_as_lexical_late_interaction)
+
+    @staticmethod
+    def check_pair(model: Any, processor: Any) -> None:
+        model.check_processor(processor)
+        longest = model.config.max_position_embeddings - model.config.pad_token_id - 1
+        for name in ("max_query_length", "max_document_length"):
+            if getattr(processor, name) > longest:
+                raise ValueError(f"{name} is {getattr(processor, name)}, but the model takes {longest} tokens")
+
+    @staticmethod
+    def prepare(recipe: Any, model: Any) -> None:
+        model.config.language_id(recipe.language)  # an unknown one is an error before anything is written
+        if recipe.freeze:
+            model.freeze_embeddings_and_language_adapters()
+
+    @staticmethod
+    def make_trainer(recipe: Any, processor: Any, queries: Any, corpus: Any, **arguments: Any) -> RetrievalTrainer:
+        config = arguments["model"].config
+        return LateInteractionTrainer(
+            objective=recipe.objective,
+            mini_batch_size=recipe.mini_batch_size,
+            data_collator=LateInteractionCollator(
+                processor, config, queries, corpus, nway=recipe.nway, language=recipe.language
+            ),
+            **arguments,
+        )
+
+
+_KINDS: dict[type[TrainingRecipe], Any] = {
+    SparseTrainingRecipe: _SparseRun,
+    LateInteractionRecipe: _LateInteractionRun,
+}
+
+
 def build_from_preset(
-    recipe: SparseTrainingRecipe,
+    recipe: TrainingRecipe,
     rows: Rows,
     queries: Mapping[str, str] | None = None,
     corpus: Mapping[str, str] | None = None,
@@ -140,33 +218,37 @@ def build_from_preset(
         rows: training rows.
         queries, corpus: tables of texts, where the rows hold ids.
     """
-    family, preset = _family(recipe.family), read_preset(recipe.family, str(recipe.preset))
+    kind, family = _KINDS[type(recipe)], _family(recipe.family, recipe.representation)
+    preset = read_preset(recipe.family, str(recipe.preset))
     examples = [parse_row(row, queries, corpus) for row in rows]
     documents = list(dict.fromkeys(text for example in examples for text in (example.positive, *example.negatives)))
     vocabulary_size = recipe.vocabulary_size or recipe.config.get("vocab_size") or preset["config"]["vocab_size"]
     if recipe.tokenizer is not None:
         tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer)
     else:
-        tokenizer = train_tokenizer([*documents, *(example.query for example in examples)], vocabulary_size)
+        texts = [*documents, *(example.query for example in examples)]
+        tokenizer = kind.train_tokenizer(texts, vocabulary_size)
     settings = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     settings["vocab_size"] = len(tokenizer)
     config = load_preset(recipe.family, str(recipe.preset), **{**settings, **recipe.config})
     model = family.model_class()(config).float()
     processor = _processor_class(family)(tokenizer, **{**preset["processor"], **recipe.processor})
-    _check_pair(config, processor)
+    kind.check_pair(model, processor)
     if recipe.initialization == "lexical":
-        initialize_as_lexical_matcher(model, processor, documents)
+        kind.initialize(model, processor, documents)
+    kind.prepare(recipe, model)
     return model, processor
 
 
-def load_for_training(recipe: SparseTrainingRecipe) -> tuple[Any, Any]:
+def load_for_training(recipe: TrainingRecipe) -> tuple[Any, Any]:
     """The recipe's model, with LoRA adapters and 4-bit weights where the recipe says so, and its processor."""
-    config = AutoConfig.from_pretrained(str(recipe.model), **recipe.config)
-    family = _family(config.model_type)
-    processor = AutoProcessor.from_pretrained(recipe.model, **recipe.processor)
-    _check_pair(config, processor)
+    kind, family = _KINDS[type(recipe)], _stored_family(recipe)
+    config = family.config_class().from_pretrained(recipe.model, **recipe.config)
+    processor = _processor_class(family).from_pretrained(recipe.model, **recipe.processor)
     lora = _uses_lora(recipe, config)
     model = _load_weights(recipe, family, lora, recipe.quantization)
+    kind.check_pair(model, processor)
+    kind.prepare(recipe, model)
     if not lora:
         return model, processor
     try:
@@ -174,8 +256,8 @@ def load_for_training(recipe: SparseTrainingRecipe) -> tuple[Any, Any]:
     except ImportError:
         raise ImportError("LoRA needs the peft library: pip install 'rarezoo[train]'") from None
 
-    head = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
-    targets = list(recipe.lora_target_modules or family.lora_target_modules) + (head if recipe.lora_on_head else [])
+    targets = list(recipe.lora_target_modules or family.lora_target_modules)
+    targets += family.full_precision_modules if recipe.lora_on_head else ()
     # PEFT annotates lora_alpha as int and takes any number.
     alpha: Any = recipe.lora_alpha
     settings = LoraConfig(
@@ -184,7 +266,7 @@ def load_for_training(recipe: SparseTrainingRecipe) -> tuple[Any, Any]:
     return get_peft_model(model, settings), processor
 
 
-def _load_weights(recipe: SparseTrainingRecipe, family: Family, lora: bool, quantization: str | None) -> Any:
+def _load_weights(recipe: TrainingRecipe, family: Family, lora: bool, quantization: str | None) -> Any:
     dtype = recipe.dtype or ("bfloat16" if lora else "float32")
     options: dict[str, Any] = {"dtype": dtype, **recipe.config}
     if quantization is not None:
@@ -197,7 +279,7 @@ def _load_weights(recipe: SparseTrainingRecipe, family: Family, lora: bool, quan
             bnb_4bit_compute_dtype=dtype,
             llm_int8_skip_modules=list(family.full_precision_modules),
         )
-    model = AutoModel.from_pretrained(str(recipe.model), **options)
+    model = family.model_class().from_pretrained(str(recipe.model), **options)
     if recipe.lora_on_head and model.config.tie_word_embeddings:
         # Merged into a shared matrix, the head's update would change the embeddings too.
         model.config.tie_word_embeddings = False
@@ -210,7 +292,7 @@ def _load_weights(recipe: SparseTrainingRecipe, family: Family, lora: bool, quan
     return model
 
 
-def _uses_lora(recipe: SparseTrainingRecipe, config: Any) -> bool:
+def _uses_lora(recipe: TrainingRecipe, config: Any) -> bool:
     if recipe.lora is not None:
         return recipe.lora
     if recipe.quantization is not None:
@@ -220,29 +302,25 @@ def _uses_lora(recipe: SparseTrainingRecipe, config: Any) -> bool:
     return getattr(model, model.base_model_prefix).num_parameters() > LARGE_BACKBONE
 
 
-def _family(name: str) -> Family:
-    if name not in FAMILIES or FAMILIES[name].representation != "sparse":
-        known = ", ".join(family.name for family in FAMILIES.values() if family.representation == "sparse")
-        raise ValueError(
-            f"{name!r} is no sparse retriever of rarezoo (known: {known}); turn a language model into one with "
-            "`rarezoo convert` first"
-        )
+def _family(name: str, representation: str) -> Family:
+    if name not in FAMILIES or FAMILIES[name].representation != representation:
+        known = ", ".join(family.name for family in FAMILIES.values() if family.representation == representation)
+        hint = "; turn a language model into one with `rarezoo convert` first" if representation == "sparse" else ""
+        raise ValueError(f"{name!r} is no {representation} retriever of rarezoo (known: {known}){hint}")
     return FAMILIES[name]
+
+
+def _stored_family(recipe: TrainingRecipe) -> Family:
+    """The family of the recipe's model; a checkpoint that none of them reads has its own name in the message."""
+    name = family_of(str(recipe.model)) or AutoConfig.from_pretrained(str(recipe.model)).model_type
+    return _family(name, recipe.representation)
 
 
 def _processor_class(family: Family) -> Any:
     return family.processor_class()
 
 
-def _check_pair(config: Any, processor: Any) -> None:
-    if processor.attention_mode != config.attention_mode:
-        raise ValueError(
-            f"the model reads attention_mode={config.attention_mode!r}, the processor writes "
-            f"{processor.attention_mode!r}; set the same in the recipe's config and processor"
-        )
-
-
-def _check_folder(recipe: SparseTrainingRecipe, output_dir: Path, resume: bool) -> None:
+def _check_folder(recipe: TrainingRecipe, output_dir: Path, resume: bool) -> None:
     """See that the folder is free, or that it holds the run that is resumed."""
     if not resume:
         if output_dir.exists() and any(output_dir.iterdir()):
@@ -250,7 +328,7 @@ def _check_folder(recipe: SparseTrainingRecipe, output_dir: Path, resume: bool) 
                 f"{output_dir} is not empty; choose another folder, or resume the run that began there"
             )
         return
-    earlier = SparseTrainingRecipe.load(output_dir / RECIPE_FILE)
+    earlier = type(recipe).load(output_dir / RECIPE_FILE)
     if recipe.lora is None:
         earlier.lora = None  # what was stored is the answer that the first run found
     if earlier != recipe:
@@ -292,23 +370,27 @@ def _rows(rows: Rows | None, path: str | None, name: str) -> Rows:
     return rows
 
 
-def _training_arguments(recipe: SparseTrainingRecipe, folder: Path, rows: int, evaluates: bool) -> TrainingArguments:
+def _training_arguments(recipe: TrainingRecipe, folder: Path, rows: int, evaluates: bool) -> TrainingArguments:
     known = TrainingArguments.__dataclass_fields__
     # transformers renamed the option within version 5.
     option = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
     checkpointing: dict[str, Any] = {option: recipe.activation_checkpointing}
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    per_epoch = max(rows // (recipe.batch_size * processes), 1)
+    accumulation_steps = getattr(recipe, "accumulation_steps", 1)
+    rows_per_step = recipe.batch_size * accumulation_steps * processes
+    per_epoch = max(rows // rows_per_step, 1)
     max_steps = recipe.max_steps or math.ceil(recipe.epochs * per_epoch)
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=max_steps,
         per_device_train_batch_size=recipe.batch_size,
         per_device_eval_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=accumulation_steps,
         learning_rate=recipe.learning_rate,
         lr_scheduler_type=recipe.scheduler,
         warmup_steps=round(recipe.warmup_ratio * max_steps),
         weight_decay=recipe.weight_decay,
+        adam_epsilon=recipe.adam_epsilon,
         max_grad_norm=recipe.max_grad_norm,
         bf16=recipe.bf16,
         # Without it, transformers takes bf16 for a request for a GPU.
@@ -330,9 +412,7 @@ def _training_arguments(recipe: SparseTrainingRecipe, folder: Path, rows: int, e
     )
 
 
-def _export(
-    recipe: SparseTrainingRecipe, model: Any, processor: Any, log: list[dict[str, float]], output_dir: Path
-) -> None:
+def _export(recipe: TrainingRecipe, model: Any, processor: Any, log: list[dict[str, float]], output_dir: Path) -> None:
     """Write the final files beside, then move them into place; the log comes last and marks a finished run."""
     scratch = output_dir / f".export-{os.getpid()}"
     for left_over in output_dir.glob(".export-*"):  # of a run that was killed here
@@ -353,13 +433,13 @@ def _export(
     write_whole(output_dir / LOG_FILE, json.dumps(log, indent=2) + "\n")
 
 
-def _merge(recipe: SparseTrainingRecipe, model: Any, adapter: Path) -> PreTrainedModel:
+def _merge(recipe: TrainingRecipe, model: Any, adapter: Path) -> PreTrainedModel:
     if recipe.quantization is None:
         return model.merge_and_unload()
     # Merging into 4-bit weights would round the adapter away: merge into the weights as they were before quantization.
     from peft import PeftModel
 
-    family = _family(model.get_base_model().config.model_type)
+    family = _family(model.get_base_model().config.model_type, recipe.representation)
     base = _load_weights(recipe, family, lora=True, quantization=None)
     return PeftModel.from_pretrained(base, adapter).merge_and_unload()
 
@@ -368,8 +448,14 @@ class _QuietProgressCallback(ProgressCallback):
     """The progress bar alone, with the figures to watch at its end instead of a printed line for every log entry."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.training_bar is not None and logs and "ranking_loss" in logs:
-            self.training_bar.set_postfix_str(
-                f"loss {logs['ranking_loss']:.3f}, active {logs['query_active_dimensions']:.0f} (query) "
+        if self.training_bar is None or not logs or "ranking_loss" not in logs:
+            return
+        figures = f"loss {logs['ranking_loss']:.3f}"
+        if "query_active_dimensions" in logs:
+            figures += (
+                f", active {logs['query_active_dimensions']:.0f} (query) "
                 f"{logs['document_active_dimensions']:.0f} (document)"
             )
+        if "accuracy" in logs:
+            figures += f", accuracy {logs['accuracy']:.2f}"
+        self.training_bar.set_postfix_str(figures)
