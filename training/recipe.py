@@ -262,10 +262,10 @@ class LateInteractionRecipe(TrainingRecipe):
             "vocabulary_size": 4096,
             "freeze": False,  # nothing here is pretrained
             # Scores of the lexical start differ by less than the scores of long training do.
-            "objective": LateInteractionObjective(score_scale=4.0),
+            "objective": LateInteractionObjective(score_scale=5.0),
             "learning_rate": 1e-3,
-            "batch_size": 64,
-            "max_steps": 60,
+            "batch_size": 96,
+            "max_steps": 80,
             "save_steps": 0,
         }
         return cls(**{**settings, **overrides})

@@ -266,8 +266,17 @@ class LateInteractionTrainer(RetrievalTrainer):
             similarity=self.accelerator.unwrap_model(self.model).config.similarity,
         )
 
-    def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        output: Any = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
         for name, value in self.ranking_quality(dataloader).items():
             output.metrics[f"{metric_key_prefix}_{name}"] = value
         return output

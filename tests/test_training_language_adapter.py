@@ -1,0 +1,142 @@
+"""A language added after the fact: its adapter learns from raw text, all else stays bit-identical."""
+
+import random
+
+import pytest
+import torch
+from transformers import TrainerCallback, XmodConfig, XmodForMaskedLM
+
+from rarezoo import ColBERTXMForRetrieval, ColBERTXMProcessor
+from rarezoo.training import train_language
+from rarezoo.training.language_adapter import masked_language_loss
+
+
+@pytest.fixture(scope="module")
+def folder(colbert_fixtures):
+    return colbert_fixtures / "checkpoint"
+
+
+@pytest.fixture
+def model(folder):
+    model = ColBERTXMForRetrieval.from_pretrained(folder).eval()
+    model.add_language("eu_ES", init_from="en")
+    return model
+
+
+@pytest.fixture(scope="module")
+def processor(folder):
+    return ColBERTXMProcessor.from_pretrained(folder)
+
+
+def texts(number=60):
+    """Words in a fixed order, from a random beginning: easy to predict."""
+    words = "the moon pulls the sea and the cat sat on the mat".split()
+    starts = random.Random(0).choices(range(len(words)), k=number)
+    return [" ".join((words * 2)[start : start + 8]) for start in starts]
+
+
+SETTINGS = {"batch_size": 8, "learning_rate": 1e-2, "disable_tqdm": True, "max_length": 20, "logging_steps": 1}
+
+
+def test_only_the_new_adapter_changes(model, processor):
+    model.linear.weight.requires_grad = False
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    trained_before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    documents = ["the moon pulls the sea", "le chat", "paka"]
+    vectors = {code: model.encode_documents(documents, processor, language=code) for code in model.config.languages}
+    report = train_language(model, "eu", texts(), processor, steps=40, **SETTINGS)
+    assert report["steps"] == 40
+    assert report["last_loss"] < report["first_loss"]
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) != (".adapter_modules.eu_ES." in name), name
+        assert parameter.requires_grad == trained_before[name] and parameter.grad is None
+    assert not model.training
+    for code, expected in vectors.items():
+        found = model.encode_documents(documents, processor, language=code)
+        same = all(torch.equal(one, other) for one, other in zip(found, expected))
+        assert same == (code != "eu_ES"), code
+
+
+def test_the_head_of_a_language_model(model, processor, folder, tmp_path):
+    shape = {name: getattr(model.config, name) for name in (
+        "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+        "max_position_embeddings", "languages", "default_language", "type_vocab_size",
+    )}  # fmt: skip
+    torch.manual_seed(0)
+    base = XmodForMaskedLM(XmodConfig(**shape))
+    base.save_pretrained(tmp_path / "base")
+    weights = {name: parameter.detach().clone() for name, parameter in base.named_parameters()}
+    by_model = train_language(model, "eu", texts(), processor, language_model=base, steps=3, **SETTINGS)
+    assert all(torch.equal(parameter, weights[name]) for name, parameter in base.named_parameters())
+    again = ColBERTXMForRetrieval.from_pretrained(folder)
+    again.add_language("eu_ES", init_from="en")
+    assert (
+        train_language(again, "eu", texts(), processor, language_model=tmp_path / "base", steps=3, **SETTINGS)
+        == by_model
+    )
+    without = ColBERTXMForRetrieval.from_pretrained(folder)
+    without.add_language("eu_ES", init_from="en")
+    assert train_language(without, "eu", texts(), processor, steps=3, **SETTINGS) != by_model
+    wider = XmodForMaskedLM(XmodConfig(**{**shape, "hidden_size": 64}))
+    with pytest.raises(ValueError, match=r"= \(165, 32\), found \(165, 64\)"):
+        train_language(model, "eu", texts(), processor, language_model=wider)
+    base.roberta.save_pretrained(tmp_path / "headless")
+    with pytest.raises(ValueError, match=r"the language model has no head: lm_head\."):
+        train_language(model, "eu", texts(), processor, language_model=tmp_path / "headless")
+
+
+def test_loss_against_all_logits_at_once():
+    torch.manual_seed(0)
+    hidden = torch.randn(3, 7, 8, dtype=torch.float64, requires_grad=True)
+    embeddings = torch.nn.Embedding(11, 8, dtype=torch.float64)
+    labels = torch.where(torch.rand(3, 7) < 0.5, torch.randint(0, 11, (3, 7)), -100)
+    logits = hidden @ embeddings.weight.T
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    (gradient,) = torch.autograd.grad(expected, hidden)
+    loss = masked_language_loss(hidden, labels, None, embeddings, chunk_size=2)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(torch.autograd.grad(loss, hidden)[0], gradient, rtol=1e-5, atol=1e-7)
+    nothing = masked_language_loss(hidden, torch.full((3, 7), -100), None, embeddings)
+    assert nothing.item() == 0 and nothing.requires_grad
+
+
+def test_an_interrupted_run_goes_on(model, processor, folder, tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 7:
+                raise KeyboardInterrupt
+
+    def run(output_dir, *callbacks):
+        retriever = ColBERTXMForRetrieval.from_pretrained(folder)
+        retriever.add_language("eu_ES", init_from="en")
+        with pytest.MonkeyPatch.context() as patch:
+            if callbacks:
+                from rarezoo.training import language_adapter
+
+                build = language_adapter._AdapterTrainer
+                patch.setattr(
+                    language_adapter, "_AdapterTrainer", lambda **options: build(callbacks=list(callbacks), **options)
+                )
+            train_language(retriever, "eu", texts(), processor, steps=20, output_dir=output_dir, **SETTINGS)
+        return retriever.state_dict()
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts", Stop())
+    parts = run(tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("code", "given", "options", "message"),
+    [
+        ("xx", ["a"], {}, "no adapter for the language 'xx'"),
+        ("eu", [], {}, "needs texts"),
+        ("eu", ["a", 3], {}, "needs texts"),
+        ("eu", ["a"], {"steps": 0}, "steps must be at least 1"),
+        ("eu", ["a"], {"max_length": 2}, "max_length must be at least 3"),
+    ],
+)
+def test_errors(model, processor, code, given, options, message):
+    with pytest.raises(ValueError, match=message):
+        train_language(model, code, given, processor, **options)
