@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoProcessor, TrainerCallback, TrainingArguments
+from transformers import AutoModel, AutoProcessor, TrainerCallback, TrainingArguments, XmodConfig, XmodForMaskedLM
 
 from rarezoo import ColBERTXMForRetrieval, ColBERTXMProcessor
 from rarezoo.colbert_xm.max_sim import max_sim
@@ -545,6 +545,28 @@ def test_what_cannot_be_trained(tmp_path, overrides, rows, error, message):
     with pytest.raises(error, match=message):
         train(small_recipe(**overrides), tmp_path / "run", rows=rows)
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_beginning_with_a_language_model(tmp_path, folder):
+    """As the published training did: X-MOD's weights, a new projection, XLM-R's tokenizer."""
+    source = ColBERTXMForRetrieval.from_pretrained(folder).config
+    fields = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+              "max_position_embeddings", "languages", "default_language", "type_vocab_size")  # fmt: skip
+    torch.manual_seed(0)
+    base = XmodForMaskedLM(XmodConfig(**{name: getattr(source, name) for name in fields}))
+    base.save_pretrained(tmp_path / "xmod")
+    recipe = LateInteractionRecipe(
+        model=str(tmp_path / "xmod"), tokenizer=str(folder), config={"dim": 8}, batch_size=3, max_steps=2,
+        processor={"max_query_length": 12, "max_document_length": 40}, save_steps=0,
+    )  # fmt: skip
+    train(recipe, tmp_path / "run", rows=ROWS)
+    model, processor = (auto.from_pretrained(tmp_path / "run") for auto in (AutoModel, AutoProcessor))
+    assert isinstance(model, ColBERTXMForRetrieval)
+    assert model.linear.weight.shape == (8, 32) and processor.max_query_length == 12
+    for name, parameter in model.roberta.named_parameters():
+        if ".adapter_modules." in name or name.startswith("embeddings."):
+            assert torch.equal(parameter, base.roberta.get_parameter(name)), name
+    assert (tmp_path / "run" / "model.safetensors").exists()
 
 
 def test_a_model_of_another_kind(tmp_path, splade_checkpoint, trained):

@@ -45,10 +45,12 @@ class TrainingRecipe:
         training_data: file of rows, see `read_training_rows` and `parse_row`.
         queries, corpus: files of texts by id, for rows that hold ids, see `read_text_table`.
         evaluation_data: file of rows whose losses are logged beside the training's.
-        model: checkpoint folder or Hub name of a retriever to fine-tune; or None, and
+        model: checkpoint folder or Hub name of a retriever to fine-tune, or, for a multi-vector one, of an X-MOD
+            language model, whose projection to token vectors is then new; or None, and
         preset: architecture preset to start from scratch, of `family`.
         family: `model_type` of the model or preset.
-        tokenizer: for a preset: tokenizer folder or Hub name; None trains one on the rows' texts.
+        tokenizer: for a preset or a bare language model: tokenizer folder or Hub name; None trains one on the rows'
+            texts, or takes the language model's.
         vocabulary_size: for a preset: entries of the trained tokenizer; None takes the preset's.
         initialization: for a preset: "random" or "lexical".
         config: fields of the model's configuration to override, for example `{"logit_scale": 0.125}`.

@@ -142,6 +142,7 @@ class _SparseRun:
 
     train_tokenizer = staticmethod(train_tokenizer)
     initialize = staticmethod(initialize_as_lexical_matcher)
+    language_models: Mapping[str, str] = {}
 
     @staticmethod
     def check_pair(model: Any, processor: Any) -> None:
@@ -171,6 +172,8 @@ class _LateInteractionRun:
 
     train_tokenizer = staticmethod(train_xlm_r_tokenizer)
     initialize = staticmethod(initialize_as_lexical_late_interaction)
+    # Training of a family may begin with a bare language model of this type: only the projection is new.
+    language_models: Mapping[str, str] = {"xmod": "colbert_xm"}
 
     @staticmethod
     def check_pair(model: Any, processor: Any) -> None:
@@ -244,7 +247,7 @@ def load_for_training(recipe: TrainingRecipe) -> tuple[Any, Any]:
     """The recipe's model, with LoRA adapters and 4-bit weights where the recipe says so, and its processor."""
     kind, family = _KINDS[type(recipe)], _stored_family(recipe)
     config = family.config_class().from_pretrained(recipe.model, **recipe.config)
-    processor = _processor_class(family).from_pretrained(recipe.model, **recipe.processor)
+    processor = _processor_for(recipe, family)
     lora = _uses_lora(recipe, config)
     model = _load_weights(recipe, family, lora, recipe.quantization)
     kind.check_pair(model, processor)
@@ -313,7 +316,15 @@ def _family(name: str, representation: str) -> Family:
 def _stored_family(recipe: TrainingRecipe) -> Family:
     """The family of the recipe's model; a checkpoint that none of them reads has its own name in the message."""
     name = family_of(str(recipe.model)) or AutoConfig.from_pretrained(str(recipe.model)).model_type
-    return _family(name, recipe.representation)
+    return _family(_KINDS[type(recipe)].language_models.get(name, name), recipe.representation)
+
+
+def _processor_for(recipe: TrainingRecipe, family: Family) -> Any:
+    """The model's processor; of a bare language model, a new one around the recipe's tokenizer or its own."""
+    if family_of(str(recipe.model)) is not None:
+        return _processor_class(family).from_pretrained(recipe.model, **recipe.processor)
+    tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer or recipe.model)
+    return _processor_class(family)(tokenizer, **recipe.processor)
 
 
 def _processor_class(family: Family) -> Any:
