@@ -127,7 +127,7 @@ def test_mistakes(checkpoint, splade_checkpoint, collection, embeddings, tmp_pat
         (("encode", checkpoint, collection, tmp_path / "x", "--top-k", 3), "are not sparse, leave it out"),
         (("encode", splade_checkpoint, collection, tmp_path / "x", "--language", "de"), "reads all languages alike"),
         (("index", embeddings, tmp_path / "x", "--precision", "3-bit"), "precision must be one of"),
-        (("search", index, "capital", "--model", splade_checkpoint), "several vectors per text, --model gives sparse vectors"),
+        (("search", index, "capital", "--model", splade_checkpoint), "--model gives sparse vectors"),
         (("search", index, "capital", "--model", splade_checkpoint, "--language", "de"), "reads all languages alike"),
         (("search", sparse, "capital", "--model", checkpoint), "holds sparse vectors, --model gives several vectors"),
         (("explain", checkpoint, "capital"), "have no terms"),
