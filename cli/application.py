@@ -44,6 +44,7 @@ _EXTRAS = {
     "onnxruntime": "export",
     "onnxscript": "export",
     "peft": "peft",
+    "py3langid": "retrieval",
     "sentence_transformers": "retrieval",
     "torchao": "quant",
 }

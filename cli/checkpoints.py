@@ -91,6 +91,15 @@ def load_retriever(model: str, device: str | None = None, dtype: str | None = No
     return network, processor
 
 
+def language_of(name: str | None, model: Any) -> Any:
+    """What `--language` means to a loaded model: its value, or for "detect" a function from text to language."""
+    if name != "detect" or not hasattr(model.config, "languages"):
+        return name
+    from rarezoo.retrieval import LanguageDetector
+
+    return LanguageDetector(model.config)
+
+
 def _check_dtype(dtype: str | None) -> None:
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype must be float32, bfloat16 or float16; found {dtype!r}")

@@ -40,7 +40,7 @@ def encode(
     Run the same command again after an interruption: it goes on where it stopped. Several processes share the work
     under `accelerate launch -m rarezoo.cli encode …`.
     """
-    from rarezoo.cli.checkpoints import load_retriever
+    from rarezoo.cli.checkpoints import language_of, load_retriever
     from rarezoo.retrieval import SparseEmbeddings, encode_corpus, read_corpus, read_queries
 
     texts = read_queries(corpus) if queries else read_corpus(corpus)
@@ -54,7 +54,7 @@ def encode(
         batch_size=batch_size,
         shard_size=shard_size,
         top_k=top_k,
-        language=language,
+        language=language_of(language, retriever),
     )
     if int(os.environ.get("RANK", "0")):  # of several processes one answers
         return

@@ -58,7 +58,7 @@ def evaluate(
     evaluates with ir-measures. As is usual on BEIR, a document with the identifier of the query is the query itself and
     no answer, unless the judgements name that pair.
     """
-    from rarezoo.cli.checkpoints import load_retriever
+    from rarezoo.cli.checkpoints import language_of, load_retriever
     from rarezoo.cli.queries import QueryEncoder
     from rarezoo.retrieval import encode_corpus, evaluate_run, read_corpus, read_qrels, write_run
 
@@ -73,11 +73,12 @@ def evaluate(
     retriever, processor = load_retriever(model, device, dtype)
     encoder = QueryEncoder.load(query_model) if query_model else QueryEncoder(retriever, processor, language)
     queries = _encode_queries(encoder, collection, set(qrels))
+    told = language_of(language, retriever)
     if query_model:
         _check_same_space(queries, retriever, query_model)
     with nullcontext(str(output)) if output else tempfile.TemporaryDirectory(prefix="rarezoo-eval-") as folder:
         embeddings = encode_corpus(
-            retriever, processor, documents, Path(folder) / "documents", batch_size=batch_size, language=language
+            retriever, processor, documents, Path(folder) / "documents", batch_size=batch_size, language=told
         )
         index = _index(embeddings, Path(folder) / "index", precision)
         run = _search(index, queries, qrels, depth)

@@ -14,7 +14,9 @@ DtypeOption = Annotated[
 ]
 LanguageOption = Annotated[
     str | None,
-    typer.Option(help="Of the texts, for families that tell languages apart: a code as fr_XX, fr or fr-CA."),
+    typer.Option(
+        help="Of the texts, for families that tell languages apart: a code as fr_XX, fr or fr-CA; detect, text by text."
+    ),
 ]
 PrecisionOption = Annotated[
     str | None,

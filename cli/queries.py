@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rarezoo.auto import FAMILIES
-from rarezoo.cli.checkpoints import load_retriever
+from rarezoo.cli.checkpoints import language_of, load_retriever
 
 if TYPE_CHECKING:
     from rarezoo.retrieval import MultiVectorEmbeddings, SparseEmbeddings
@@ -32,7 +32,7 @@ class QueryEncoder:
         self._multi_vector = family is not None and family.representation == "multi-vector"
         if language is not None and not self._multi_vector:
             raise ValueError(f"--language: {type(encoder).__name__} reads all languages alike, leave it out")
-        self._language = language
+        self._language = language_of(language, encoder) if language is not None else None
         # Weights of an inference-free query come from a corpus: they fit the vectors of any model with that vocabulary.
         self._fingerprint = model_fingerprint(encoder) if processor is not None else None
         self._vocabulary = vocabulary_fingerprint((processor or encoder).tokenizer)

@@ -19,6 +19,7 @@ from rarezoo.retrieval.interop import import_embeddings as import_embeddings
 from rarezoo.retrieval.kinds import build_index as build_index
 from rarezoo.retrieval.kinds import open_embeddings as open_embeddings
 from rarezoo.retrieval.kinds import open_index as open_index
+from rarezoo.retrieval.language_detection import LanguageDetector as LanguageDetector
 from rarezoo.retrieval.multi_vector_embeddings import MultiVectorEmbeddings as MultiVectorEmbeddings
 from rarezoo.retrieval.multi_vector_index import MultiVectorIndex as MultiVectorIndex
 from rarezoo.retrieval.sparse_embeddings import SparseEmbeddings as SparseEmbeddings

@@ -157,9 +157,10 @@ class _MultiVectors:
         self._processor = processor
         self._language = language
         self._dim = model.config.dim
-        name = getattr(language, "__qualname__", language)
-        if name is None or isinstance(language, str):
+        if language is None or isinstance(language, str):
             name = model.config.languages[model.config.language_id(language)]
+        else:
+            name = getattr(language, "__qualname__", type(language).__qualname__)
         self.settings = {"language": name}
 
     def encode(self, texts: list[str], batch_size: int) -> list[np.ndarray]:

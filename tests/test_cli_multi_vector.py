@@ -135,3 +135,15 @@ def test_mistakes(checkpoint, splade_checkpoint, collection, embeddings, tmp_pat
     ):  # fmt: skip
         assert message in refused(*arguments), arguments
     assert not (tmp_path / "x").exists()
+
+
+def test_languages_are_detected(checkpoint, collection, model, tmp_path):
+    pytest.importorskip("py3langid")
+    call("encode", checkpoint, collection, tmp_path / "embeddings", "--language", "detect")
+    opened = MultiVectorEmbeddings.open(tmp_path / "embeddings")
+    expected = model.encode_documents(list(DOCUMENTS.values()), language=["en", "fr", "en", "en"])
+    torch.testing.assert_close(torch.from_numpy(opened.vectors.copy()), torch.cat(expected), atol=1e-6, rtol=0)
+    assert "language: 'LanguageDetector' there, 'fr_XX' now" in refused(
+        "encode", checkpoint, collection, tmp_path / "embeddings", "--language", "fr"
+    )
+    call("eval", checkpoint, collection, "--language", "detect")
