@@ -214,6 +214,7 @@ def official_metadata(config: ColBERTXMConfig, processor: ColBERTXMProcessor) ->
         "attend_to_mask_tokens": processor.attend_to_mask_tokens,
         "mask_punctuation": processor.mask_punctuation,
         "interaction": "colbert",
+        "marker_mode": processor.marker_mode,
     }
 
 

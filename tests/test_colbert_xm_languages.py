@@ -37,7 +37,8 @@ def processor(folder):
     [
         ("fr_XX", "fr_XX"), ("FR_xx", "fr_XX"), ("fr", "fr_XX"), ("fr-CA", "fr_XX"), ("fra", "fr_XX"), ("fre", "fr_XX"),
         ("pt-BR", "pt_XX"), ("zh", "zh_CN"), ("zh-Hans", "zh_CN"), ("zh-Hant", "zh_TW"), ("zh_TW", "zh_TW"),
-        ("zh-HK", "zh_TW"), ("zh-Hant-HK", "zh_TW"), ("cmn", "zh_CN"), ("nb", "no_XX"), ("nn-NO", "no_XX"),
+        ("zh-HK", "zh_TW"), ("zh-Hant-HK", "zh_TW"), ("zh-Hans-HK", "zh_CN"),
+        ("zh-Hant-CN", "zh_TW"), ("zh-Hant-SG", "zh_TW"), ("cmn", "zh_CN"), ("nb", "no_XX"), ("nn-NO", "no_XX"),
         ("iw", "he_IL"), ("fil", "tl_XX"), ("sr-Latn", "sr_RS"), ("kmr", "ku_TR"), (" de ", "de_DE"),
     ],
 )  # fmt: skip
@@ -237,7 +238,12 @@ def test_add_a_language(model, processor, tmp_path, init_from):
     loaded = AutoModel.from_pretrained(tmp_path)
     expected = model.encode_documents(TEXTS, processor, language="rw_RW")
     assert all(torch.equal(a, b) for a, b in zip(loaded.encode_documents(TEXTS, processor, language="rw"), expected))
-    for code, problem in (("fr_XX", "already"), ("", "must be a name"), ("a.b", "must be a name")):
+    for code, problem in (
+        ("fr_XX", "already"),
+        ("FR_xx", "already"),
+        ("", "must be a name"),
+        ("a.b", "must be a name"),
+    ):
         with pytest.raises(ValueError, match=problem):
             model.add_language(code)
 

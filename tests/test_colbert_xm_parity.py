@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from threading import Thread
 
 import pytest
 import torch
@@ -183,3 +184,48 @@ def test_marker_mode_by_the_age_of_the_checkpoint(folder, tmp_path, version, mod
 def test_the_tokenizer_is_not_extended(folder):
     processor = ColBERTXMProcessor.from_pretrained(folder)
     assert len(processor.tokenizer) == len(AutoTokenizer.from_pretrained(folder))
+
+
+def test_threads_share_a_processor(folder):
+    """Queries and documents are cut to lengths of their own, whatever other threads do."""
+    processor = ColBERTXMProcessor.from_pretrained(folder)
+    text = "the cat sat on the mat and looked at the rain " * 30
+    wrong = []
+
+    def process(kind, length):
+        for _ in range(200):
+            if processor(text, kind=kind)["input_ids"].shape[1] != length:
+                wrong.append(kind)
+
+    threads = [Thread(target=process, args=case) for case in (("query", 16), ("document", 40)) * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_contexts_of_several_lengths(model, folder):
+    """Their padding counts neither in attention nor in the score."""
+    processor = ColBERTXMProcessor.from_pretrained(folder)
+    contexts = ["a cat", "the cat sat on the mat and looked at the rain"]
+    both = processor.process_queries(["cat", "rain"], context=contexts)
+    alone = processor.process_queries(["cat"], context=contexts[:1])
+    kept = both["keep_mask"][0].bool()
+    assert torch.equal(both["input_ids"][0][kept], alone["input_ids"][0]) and alone["keep_mask"].all()
+    assert torch.equal(both["keep_mask"], both["attention_mask"])
+    found, expected = model(**both).embeddings[0][kept], model(**alone).embeddings[0]
+    close(found, expected, "embeddings")
+
+
+def test_full_length_counts_the_placeholder(folder):
+    """The old form counts ". " before it decides on the length, as its code did."""
+    text = "the cat sat on the mat and looked at the rain"
+    processors = [ColBERTXMProcessor.from_pretrained(folder, marker_mode=mode) for mode in ("insert", "replace")]
+    lengths = [processor.process_queries([text], full_length=True)["input_ids"] for processor in processors]
+    assert lengths[1].shape[1] == lengths[0].shape[1] + 2
+
+
+def test_inputs_beyond_the_positions(model):
+    with pytest.raises(ValueError, match="the input has 129 tokens, but the model takes 128"):
+        model(input_ids=torch.full((1, 129), 5))

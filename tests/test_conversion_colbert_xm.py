@@ -76,6 +76,7 @@ def test_there_and_back_again(official, converted, tmp_path):
     metadata, original = (
         json.loads((folder / "artifact.metadata").read_text()) for folder in (tmp_path / "back", official)
     )
+    assert metadata.pop("marker_mode") == "insert"
     assert all(original[name] == value for name, value in metadata.items())
     assert not list((tmp_path / "back").glob("*.py"))
 
@@ -120,6 +121,14 @@ def test_languages_and_dtype(converted, official, tmp_path):
     processor = AutoProcessor.from_pretrained(converted)
     found, expected = (network.encode_documents("rain", processor, language="ja") for network in (model, whole))
     assert 0 < (found[0] - expected[0]).abs().max() < 0.02
+
+
+def test_the_marker_mode_survives_the_official_layout(official, tmp_path):
+    convert("colbert_xm", official, tmp_path / "ours", marker_mode="replace")
+    convert("colbert_xm", tmp_path / "ours", tmp_path / "official", to="official")
+    convert("colbert_xm", tmp_path / "official", tmp_path / "again")
+    assert AutoProcessor.from_pretrained(tmp_path / "again").marker_mode == "replace"
+    assert ColBERTXMProcessor.from_pretrained(tmp_path / "official").marker_mode == "replace"
 
 
 def test_marker_modes(official, tmp_path):

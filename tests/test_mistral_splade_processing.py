@@ -1,6 +1,7 @@
 """Mistral-SPLADE's processor: ids and masks of the official echo parser, truncation, padding, storage, clear errors."""
 
 import json
+import threading
 
 import pytest
 import torch
@@ -394,3 +395,23 @@ def test_wrong_settings_are_refused(tokenizer, arguments, message):
 def test_wrong_inputs_are_refused(processor, call, error, message):
     with pytest.raises(error, match=message):
         call(processor)
+
+
+def test_threads_share_a_processor(tokenizer):
+    """Templates hold special tokens, texts are read as plain characters, whatever other threads do at that moment."""
+    processor = MistralSpladeProcessor(tokenizer)
+    texts = [f"a </s> cat number {number}" for number in range(4)]
+    expected = {text: processor.process_queries([text])["input_ids"].tolist() for text in texts}
+    wrong = []
+
+    def process(text):
+        for _ in range(150):
+            if processor.process_queries([text])["input_ids"].tolist() != expected[text]:
+                wrong.append(text)
+
+    threads = [threading.Thread(target=process, args=(text,)) for text in texts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

@@ -21,6 +21,7 @@ DEFAULTS: dict[str, Any] = {
     "similarity": "cosine",
     "mask_punctuation": True,
     "attend_to_mask_tokens": False,
+    "marker_mode": "",  # ours: colbert-ai neither writes nor minds it
 }
 _DOWNLOAD_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -65,7 +66,13 @@ def _find_metadata(source: str | Path, **kwargs: Any) -> str | None:
 
 
 def usable_fields(content: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
-    """The fields of `DEFAULTS` from a dump of colbert-ai's settings; `path` is named in warnings."""
+    """The fields of `DEFAULTS` from a dump of colbert-ai's settings; `path` is named in warnings.
+
+    Raises:
+        ValueError: it is no JSON object.
+    """
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} must hold a JSON object; found {type(content).__name__}")
     return {name: _usable(name, content.get(name, default), default, path) for name, default in DEFAULTS.items()}
 
 
@@ -89,9 +96,11 @@ def _usable(name: str, value: Any, default: Any, path: str | Path) -> Any:
     return default
 
 
-def marker_mode_of(config: Mapping[str, Any]) -> str:
+def marker_mode_of(config: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
     """How the code that saved an official checkpoint placed its marker: "replace" up to colbert-ai 0.2.20, "insert"
-    from 0.2.21 on (August 2024, stanford-futuredata/ColBERT pull request 362). No file records it; the transformers
-    version in `config.json` tells the time."""
+    from 0.2.21 on (August 2024, stanford-futuredata/ColBERT pull request 362). Only our exports record it; for others
+    the transformers version in `config.json` tells the time."""
+    if metadata.get("marker_mode"):
+        return metadata["marker_mode"]
     version = re.match(r"(\d+)\.(\d+)", str(config.get("transformers_version", "")))
     return "replace" if version and (int(version[1]), int(version[2])) < (4, 44) else "insert"

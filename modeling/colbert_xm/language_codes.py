@@ -44,6 +44,8 @@ def find_language(language: str, codes: Sequence[str]) -> str:
     wanted, detail = _parse(language)
     candidates = [(code, *_parse(code)) for code in codes]
     same = [(code, region) for code, name, region in candidates if name == wanted]
+    if detail & {"hans", "hant"}:  # the script says more than the region
+        detail &= {"hans", "hant"}
     if wanted == "zh":
         same = [(code, region) for code, region in same if not _is_other_script(detail, region)]
         same.sort(key=lambda pair: bool(pair[1] & _TRADITIONAL_CHINESE))  # simplified, unless the tag says otherwise

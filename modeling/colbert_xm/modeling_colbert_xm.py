@@ -99,6 +99,15 @@ class ColBERTXMPreTrainedModel(XmodPreTrainedModel):
     def backbone(self) -> "ColBERTXMModel":
         return getattr(self, self.base_model_prefix, self)
 
+    def _check_length(self, length: int) -> None:
+        # Positions begin behind that of padding.
+        limit = self.config.max_position_embeddings - (self.config.pad_token_id or 0) - 1
+        if length > limit:
+            raise ValueError(
+                f"the input has {length} tokens, but the model takes {limit}; lower the processor's max_query_length "
+                "or max_document_length"
+            )
+
     def language_ids(self, language: Language, texts: Sequence[str]) -> torch.Tensor:
         """Adapter indices of texts, (texts,) int64 on the model's device.
 
@@ -134,7 +143,7 @@ class ColBERTXMPreTrainedModel(XmodPreTrainedModel):
         """
         if not isinstance(code, str) or not code or "." in code:
             raise ValueError(f"a language code must be a name such as 'eu_ES'; found {code!r}")
-        if code in self.config.languages:
+        if code.lower() in (known.lower() for known in self.config.languages):
             raise ValueError(f"there is an adapter for {code!r} already")
         source = None if init_from is None else self.config.languages[self.config.language_id(init_from)]
         for layer in self.backbone.encoder.layer:
@@ -142,7 +151,7 @@ class ColBERTXMPreTrainedModel(XmodPreTrainedModel):
             if source is not None:
                 adapters[code] = deepcopy(adapters[source])
                 continue
-            neighbour = layer.output.dense.weight
+            neighbour = layer.output.LayerNorm.weight  # which keeps its dtype where linear layers are quantized
             adapters[code] = XmodAdapter(self.config).to(neighbour.device, neighbour.dtype).train(self.training)
             adapters[code].apply(self._init_weights)
         self.config.languages = [*self.config.languages, code]
@@ -175,10 +184,12 @@ class ColBERTXMModel(ColBERTXMPreTrainedModel, XmodModel):
             `last_hidden_state` (batch, length, hidden_size), `pooler_output` None.
         """
         inputs = input_ids if input_ids is not None else inputs_embeds
+        if inputs is not None and not torch.compiler.is_compiling():
+            self._check_length(inputs.shape[1])
         if lang_ids is None:
             languages = self.config.default_language
         else:
-            lang_ids = torch.as_tensor(lang_ids, device=self.device)
+            lang_ids = torch.as_tensor(lang_ids, device=self.device).long()
             if inputs is not None and lang_ids.shape != inputs.shape[:1]:
                 raise ValueError(
                     f"expected lang_ids of shape (batch,) = ({inputs.shape[0]},); found {tuple(lang_ids.shape)}"
@@ -338,7 +349,6 @@ class ColBERTXMForRetrieval(ColBERTXMPreTrainedModel):
         try:
             for batch in _batches(lang_ids.tolist(), lengths, batch_size):
                 inputs = process([texts[i] for i in batch])
-                self._check_length(inputs["input_ids"].shape[1])
                 output = self(**inputs.to(self.device), lang_ids=lang_ids[batch])
                 self._check_finite(output.embeddings, [texts[i] for i in batch])
                 for i, embedding, kept in zip(batch, output.embeddings, output.mask):
@@ -371,15 +381,6 @@ class ColBERTXMForRetrieval(ColBERTXMPreTrainedModel):
                 f"{self.config.vocab_size}; they do not belong together"
             )
         return processor
-
-    def _check_length(self, length: int) -> None:
-        # Positions begin behind that of padding.
-        limit = self.config.max_position_embeddings - (self.config.pad_token_id or 0) - 1
-        if length > limit:
-            raise ValueError(
-                f"the input has {length} tokens, but the model takes {limit}; lower the processor's max_query_length "
-                "or max_document_length"
-            )
 
     def _check_finite(self, embeddings: torch.Tensor, texts: Sequence[str]) -> None:
         broken = (~embeddings.isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist()

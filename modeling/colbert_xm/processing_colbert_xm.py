@@ -89,7 +89,11 @@ class ColBERTXMProcessor(ProcessorMixin):
         if not is_stanford_layout(config, pretrained_model_name_or_path, **kwargs):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         metadata = read_metadata(pretrained_model_name_or_path, **kwargs)
-        settings = {**processor_settings(metadata), "marker_mode": marker_mode_of(config), "skiplist_tokens": None}
+        settings = {
+            **processor_settings(metadata),
+            "marker_mode": marker_mode_of(config, metadata),
+            "skiplist_tokens": None,
+        }
         settings.update({name: kwargs.pop(name) for name in list(kwargs) if name in settings})
         return cls(AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs), **settings)
 
@@ -115,13 +119,13 @@ class ColBERTXMProcessor(ProcessorMixin):
             context: background text per query, whose ids without the first follow the query's, as colbert-ai has it.
 
         Returns:
-            `input_ids`, `attention_mask` and `keep_mask` (all 1: every vector of a query counts), int64
-            (queries, length).
+            `input_ids`, `attention_mask` and `keep_mask` (1: every vector of a query counts, but not the padding of
+            contexts), int64 (queries, length).
         """
         texts = _as_list(texts)
         length = self.max_query_length
         if full_length:
-            bare = self._tokenize(texts, special_tokens=False)
+            bare = self._tokenize(self._prefixed(texts), special_tokens=False)
             length = min(_LONGEST_FULL_QUERY, max(length, *map(len, bare)))
         rows = self._with_marker(texts, self.query_marker, length)
         input_ids, attention_mask = _pad(rows, self.tokenizer.pad_token_id, length)
@@ -130,9 +134,8 @@ class ColBERTXMProcessor(ProcessorMixin):
             attention_mask = torch.ones_like(attention_mask)
         if context is not None:
             input_ids, attention_mask = self._append(_as_list(context), input_ids, attention_mask)
-        return BatchEncoding(
-            {"input_ids": input_ids, "attention_mask": attention_mask, "keep_mask": torch.ones_like(input_ids)}
-        )
+        keep_mask = (input_ids != self.tokenizer.pad_token_id).long()  # contexts of several lengths are padded
+        return BatchEncoding({"input_ids": input_ids, "attention_mask": attention_mask, "keep_mask": keep_mask})
 
     def process_documents(self, texts: str | Sequence[str]) -> BatchEncoding:
         """Tensors of documents.
@@ -147,13 +150,17 @@ class ColBERTXMProcessor(ProcessorMixin):
         keep_mask = (~torch.isin(input_ids, dropped)).long()
         return BatchEncoding({"input_ids": input_ids, "attention_mask": attention_mask, "keep_mask": keep_mask})
 
-    @cached_property
+    @property
     def skiplist_ids(self) -> list[int]:
         """Ids, ascending, whose vectors documents do not keep."""
         if self.skiplist_tokens is not None:
             return sorted({self.tokenizer.convert_tokens_to_ids(token) for token in self.skiplist_tokens})
         if not self.mask_punctuation:
             return []
+        return self._punctuation_ids
+
+    @cached_property
+    def _punctuation_ids(self) -> list[int]:
         return sorted({ids[0] for ids in self._tokenize(list(string.punctuation), special_tokens=False)})
 
     @property
@@ -168,8 +175,16 @@ class ColBERTXMProcessor(ProcessorMixin):
         if self.marker_mode == "insert":
             rows = self._tokenize(texts, max_length=limit - 1)
             return [[row[0], marker_id, *row[1:]] for row in rows]
-        rows = self._tokenize([f". {text}" for text in texts], max_length=limit)
+        rows = self._tokenize(self._prefixed(texts), max_length=limit)
         return [[row[0], marker_id, *row[2:]] for row in rows]
+
+    def _prefixed(self, texts: list[str]) -> list[str]:
+        """With the placeholder that the "replace" marker overwrites."""
+        return (
+            [f". {text}" if isinstance(text, str) else text for text in texts]
+            if self.marker_mode == "replace"
+            else texts
+        )
 
     def _append(self, contexts: list[str], input_ids: torch.Tensor, attention_mask: torch.Tensor):
         if len(contexts) != len(input_ids):
@@ -184,15 +199,13 @@ class ColBERTXMProcessor(ProcessorMixin):
                 raise TypeError(f"a text must be a string; found {type(text).__name__}")
             if any("\ud800" <= character <= "\udfff" for character in text):
                 raise ValueError(f"a text holds half of a surrogate pair: {text[:80]!r}")
-        return self.tokenizer(
-            texts,
-            add_special_tokens=special_tokens,
-            truncation=max_length is not None,
-            max_length=max_length,
-            padding=False,
-            return_attention_mask=False,
-            verbose=False,
+        # Cut here and not by the tokenizer, which keeps the length as a state: other threads may use it for another.
+        rows = self.tokenizer(
+            texts, add_special_tokens=special_tokens, padding=False, return_attention_mask=False, verbose=False
         )["input_ids"]
+        if max_length is None:
+            return rows
+        return [row if len(row) <= max_length else [*row[: max_length - 1], row[-1]] for row in rows]
 
 
 def _as_list(texts: str | Sequence[str]) -> list[str]:

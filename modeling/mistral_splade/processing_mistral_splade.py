@@ -8,6 +8,7 @@ whole copies, and `{</s>}` is never cut off.
 """
 
 import re
+import threading
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -25,6 +26,8 @@ _DEFAULT_TEMPLATES = {
     "bidirectional": (SINGLE, SINGLE),
     "repeat": (REPEAT, REPEAT),
 }
+# A tokenizer keeps `split_special_tokens` as a state, which another thread must not change before it is used.
+_TOKENIZING = threading.Lock()
 _PIECE = re.compile(r"\{(?:.|\n|\r)+?\}")
 _VARIABLE = re.compile(r"%%(\w+)%%")
 
@@ -234,14 +237,15 @@ class MistralSpladeProcessor(ProcessorMixin):
         for verbatim in (False, True):
             texts = sorted(text for text, plain in pieces if plain == verbatim)
             if texts:
-                encoded = self.tokenizer(
-                    texts,
-                    add_special_tokens=False,
-                    split_special_tokens=verbatim,
-                    return_attention_mask=False,
-                    truncation=False,
-                    verbose=False,
-                )
+                with _TOKENIZING:
+                    encoded = self.tokenizer(
+                        texts,
+                        add_special_tokens=False,
+                        split_special_tokens=verbatim,
+                        return_attention_mask=False,
+                        truncation=False,
+                        verbose=False,
+                    )
                 token_ids.update(zip([(text, verbatim) for text in texts], encoded["input_ids"]))
         return token_ids
 
