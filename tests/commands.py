@@ -17,10 +17,10 @@ def call(*arguments, code: int = 0):
 
 
 def refused(*arguments) -> str:
-    """The one line on standard error, beside those of libraries, of a command that ends with exit code 2."""
-    problems = [line for line in call(*arguments, code=2).stderr.splitlines() if line.startswith("rarezoo: ")]
-    assert len(problems) == 1, problems
-    return problems[0]
+    """The one line on standard error of a command that ends with exit code 2."""
+    (line,) = call(*arguments, code=2).stderr.splitlines()
+    assert line.startswith("rarezoo: ")
+    return line
 
 
 def write_jsonl(path: Path, rows) -> Path:

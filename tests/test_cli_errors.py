@@ -276,9 +276,14 @@ def test_eval_finds_mistakes_before_the_long_work(checkpoint, collection, tmp_pa
 
 @pytest.mark.usefixtures("no_encoding")
 def test_eval_refuses_queries_of_another_model(checkpoint, collection, tmp_path):
+
+    def last_line(*arguments):
+        """Behind the bar of the queries, which are encoded first."""
+        return call(*arguments, code=2).stderr.splitlines()[-1]
+
     other = Path(shutil.copytree(checkpoint, tmp_path / "other"))
     edit_weights(other, lambda weights: weights["lm_head.weight"].mul_(2))
-    line = refused("eval", checkpoint, collection, "--query-model", other)
+    line = last_line("eval", checkpoint, collection, "--query-model", other)
     assert f"--query-model {other} is another model" in line
     wide = Path(shutil.copytree(checkpoint, tmp_path / "wide"))
     edit_config(wide, vocab_size=200)
@@ -289,7 +294,7 @@ def test_eval_refuses_queries_of_another_model(checkpoint, collection, tmp_path)
             weights[name] = torch.cat([weights[name], padding])
 
     edit_weights(wide, widen)
-    line = refused("eval", checkpoint, collection, "--query-model", wide)
+    line = last_line("eval", checkpoint, collection, "--query-model", wide)
     assert "its vectors have 200 dimensions, those of the documents 192" in line
 
 

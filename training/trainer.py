@@ -89,13 +89,13 @@ class RetrievalTrainer(Trainer):
 
     def represent(self, retriever: Any, texts: dict[str, Tensor]) -> Tensor:
         """Representations of the model inputs of some texts, `(rows, …)`."""
-        raise NotImplementedError
+        raise NotImplementedError("each kind of representation has a trainer of its own")
 
     def batch_loss(
         self, outputs: dict[str, Tensor], inputs: dict[str, Any], training: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of the representations of a batch's `queries` and `documents`."""
-        raise NotImplementedError
+        raise NotImplementedError("each kind of representation has a trainer of its own")
 
     def compute_loss(
         self,
