@@ -141,6 +141,10 @@ def squared_residual(index: MultiVectorIndex, documents: np.ndarray) -> float:
     return round(float(((documents.reshape(-1, DIM) - codec.centroids[codes]) ** 2).sum(axis=1).mean()), 3)
 
 
+def milliseconds_per_query(seconds: dict[str, float]) -> dict[str, float]:
+    return rounded({name: 1000 * value / QUERIES for name, value in seconds.items()}, 2)
+
+
 def compare_precisions(folder: Path, documents: np.ndarray, queries: np.ndarray) -> dict:
     embeddings, expected = container(documents), exact_best(documents, queries)
     building = {
@@ -154,7 +158,6 @@ def compare_precisions(folder: Path, documents: np.ndarray, queries: np.ndarray)
     cases = {name: lambda index=index: [index.search(row) for row in rows] for name, index in indexes.items()}
     one_by_one = interleaved(cases, 5)
     together = interleaved({name: lambda index=index: index.search(queries) for name, index in indexes.items()}, 5)
-    per_query = lambda measured: rounded({name: 1000 * value / QUERIES for name, value in measured.items()}, 2)  # noqa: E731
     return {
         "documents": DOCUMENTS,
         "vectors": embeddings.num_vectors,
@@ -165,8 +168,8 @@ def compare_precisions(folder: Path, documents: np.ndarray, queries: np.ndarray)
         "recall@10, all stored vectors scored": {
             name: recall(index.search(queries, exhaustive=True), expected) for name, index in indexes.items()
         },
-        "cpu milliseconds per query, one per call": per_query(one_by_one),
-        f"cpu milliseconds per query, {QUERIES} per call": per_query(together),
+        "cpu milliseconds per query, one per call": milliseconds_per_query(one_by_one),
+        f"cpu milliseconds per query, {QUERIES} per call": milliseconds_per_query(together),
         "time relative to exact search, one per call": rounded(
             {name: value / one_by_one["float32"] for name, value in one_by_one.items()}, 3
         ),

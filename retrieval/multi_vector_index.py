@@ -600,10 +600,11 @@ class _Best(NamedTuple):
 
 def _listed_queries(queries: Sequence[Any] | np.ndarray) -> list[np.ndarray]:
     """The rows (length, dim) of each query."""
-    if getattr(queries, "ndim", 3) != 3:
+    shape = getattr(queries, "shape", (0, 0, 0))
+    if len(shape) != 3:
         raise ValueError(
             f"expected queries (queries, length, dim) or a list of (length, dim), found the shape "
-            f"{tuple(queries.shape)}: write [query] for one"  # type: ignore[union-attr]
+            f"{tuple(shape)}: write [query] for one"
         )
     rows = [packed_rows(query) for query in queries]
     dims = sorted({row.shape[1] for row in rows})

@@ -72,7 +72,7 @@ def test_identifiers_are_checked() -> None:
     with pytest.raises(ValueError, match="2 for 3 rows"):
         SparseEmbeddings(["a", "b"], matrix)
     with pytest.raises(TypeError, match="int"):
-        SparseEmbeddings(["a", "b", 3], matrix)  # type: ignore[list-item]
+        SparseEmbeddings(["a", "b", 3], matrix)
     with pytest.raises(TypeError, match="ndarray"):
         SparseEmbeddings(["a", "b", "c"], matrix.toarray())
 

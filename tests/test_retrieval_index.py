@@ -304,9 +304,9 @@ def test_one_string_is_not_several_identifiers(tmp_path: Path) -> None:
     index = SparseIndex.build(SparseEmbeddings(["1", "2", "12"], matrix), tmp_path / "index")
     for one in ("12", b"12"):
         with pytest.raises(TypeError, match=r"expected several identifiers, found the one b?'12'"):
-            index.delete(one)  # type: ignore[arg-type]
+            index.delete(one)
     with pytest.raises(TypeError, match="identifiers must be str, found int: 12"):
-        index.delete([12])  # type: ignore[list-item]
+        index.delete([12])
     assert len(index) == 3
     with pytest.raises(TypeError, match="expected several identifiers, found the one 'abc'"):
         SparseEmbeddings("abc", matrix)
@@ -336,7 +336,7 @@ def test_bad_arguments(small: tuple[SparseIndex, SparseEmbeddings]) -> None:
         with pytest.raises(ValueError, match=f"{name} must be at least 1; found 0"):
             index.search(documents.matrix, **{name: 0})
     with pytest.raises(TypeError, match="ndarray"):
-        index.search(documents.matrix.toarray())  # type: ignore[arg-type]
+        index.search(documents.matrix.toarray())
 
 
 def test_damaged_folders_are_named(small: tuple[SparseIndex, SparseEmbeddings], tmp_path: Path) -> None:
