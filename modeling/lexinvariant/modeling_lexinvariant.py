@@ -1,0 +1,732 @@
+"""Lexinvariant language model (arXiv 2305.16349): a decoder without a learned vocabulary.
+
+Every sequence has a table of symbol rows of its own; what a symbol is called means nothing, and the model can use only
+how symbols repeat and stand together. Pre-norm layers without biases, T5's relative positions, a two-matrix MLP; keys
+and queries of length 1 with a trained scale per head (google-research/meliad), or T5's plain products.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .collapsed_readout import CollapsedDistribution
+from .configuration_lexinvariant import LexinvariantConfig
+from .symbol_history import NO_SYMBOL, first_positions, history_layer, new_symbols
+from .symbol_rows import random_rows
+from .symbol_tables import Table, make_table, orthonormal_rows
+
+
+@dataclass
+class Symbols:
+    """What the symbols of a call mean: their rows, and what read-out needs.
+
+    Attributes:
+        table: rows of all symbols; None where rows follow from what has occurred.
+        rows: (sequences, length, hidden_size) of the new tokens, float32, before scale and bias.
+        met: symbols (batch, slots) met so far, exempt ones first; None where read-out does not need them.
+        first: (batch, slots), the slot at which each occurred first.
+        met_rows: (sequences, slots, hidden_size).
+        unseen_row: (hidden_size,), the row of the class of new symbols in a canonical table.
+        num_tables: sequences per batch element.
+    """
+
+    table: Table | None
+    rows: Tensor
+    num_tables: int = 1
+    met: Tensor | None = None
+    first: Tensor | None = None
+    met_rows: Tensor | None = None
+    unseen_row: Tensor | None = None
+
+
+class LexinvariantRMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        scaled = hidden.float() * torch.rsqrt(hidden.float().square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * scaled.to(hidden.dtype)
+
+
+class SymbolEmbedding(nn.Module):
+    """Trained scale and bias behind the rows, and the trained rows where the configuration has some."""
+
+    def __init__(self, config: LexinvariantConfig):
+        super().__init__()
+        self.config = config
+        size = {"vector": config.hidden_size, "scalar": 1}.get(config.embedding_affine)
+        self.scale = nn.Parameter(torch.ones(size)) if size else None
+        self.bias = nn.Parameter(torch.zeros(size)) if size else None
+        count = config.canonical_size + 1 if config.table == "canonical" else config.vocab_size
+        self.weight = nn.Parameter(torch.empty(count, config.hidden_size)) if config.has_learned_rows else None
+        exempt = len(config.exempt_token_ids) if config.table != "canonical" else 0
+        self.exempt_weight = nn.Parameter(torch.empty(exempt, config.hidden_size)) if exempt else None
+
+    def affine(self, rows: Tensor) -> Tensor:
+        return rows if self.scale is None else self.scale * rows + self.bias
+
+    def canonical_rows(self, device: torch.device) -> Tensor:
+        """(canonical_size + 1, hidden_size): a row for every rank; the last is that of the class of new symbols."""
+        if self.weight is not None:
+            return self.weight
+        ranks = torch.arange(self.config.canonical_size + 1, device=device)
+        seed = torch.tensor(self.config.eval_seed, device=device)
+        return random_rows(seed, ranks, self.config.hidden_size) * self.config.embedding_std
+
+    def forward(self, input_ids: Tensor, lex_seeds: Tensor | None = None) -> Tensor:
+        """Embeddings (batch, length, hidden_size) of symbols (batch, length) under seeds (batch,)."""
+        return self.affine(resolve_symbols(self, input_ids, lex_seeds=lex_seeds).rows).to(self.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        parameter = next(iter(self.parameters()), None)
+        return torch.get_default_dtype() if parameter is None else parameter.dtype
+
+
+def resolve_symbols(
+    embedding: SymbolEmbedding,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    past_key_values: Cache | None = None,
+    embedding_table: Tensor | None = None,
+    permutations: Tensor | None = None,
+    lex_seeds: Tensor | None = None,
+    num_tables: int = 1,
+) -> Symbols:
+    """Rows of the new tokens, and what read-out needs of them and of those before.
+
+    Args:
+        input_ids: (batch, length), the new tokens.
+        attention_mask: (batch, cached + length).
+        embedding_table, permutations, lex_seeds, num_tables: as in `LexinvariantForCausalLM.forward`.
+    """
+    config = embedding.config
+    batch, length = input_ids.shape
+    check_symbols(input_ids, attention_mask, config.vocab_size)
+    seeds = _seeds(config, batch, lex_seeds, input_ids.device, embedding.training)
+    if num_tables < 1:
+        raise ValueError(f"num_tables must be at least 1; found {num_tables}")
+    if num_tables > 1 and (embedding_table is not None or config.table in ("learned", "canonical")):
+        raise ValueError("num_tables averages over random tables: it goes with seeds, not with a given table")
+    _check_explicit(config, batch, embedding_table, permutations)
+    tables = torch.arange(num_tables, device=seeds.device).repeat(batch)
+    seeds = seeds.repeat_interleave(num_tables)
+    if permutations is not None:
+        permutations = permutations.to(input_ids.device).repeat_interleave(num_tables, dim=0)
+    canonical = config.table == "canonical" and embedding_table is None
+    by_occurrence = config.table == "orthonormal" and embedding_table is None and config.vocab_size > config.hidden_size
+    table = None
+    if not canonical:
+        drawn = make_table(
+            _gaussian(config) if by_occurrence else config,
+            seeds,
+            tables,
+            learned=embedding.weight,
+            exempt=embedding.exempt_weight,
+            explicit=None if embedding_table is None else embedding_table.to(input_ids.device),
+            permutations=permutations,
+            training=embedding.training,
+        )
+        table = drawn
+    repeated = input_ids.repeat_interleave(num_tables, dim=0)
+    if not config.is_collapsed:
+        assert table is not None
+        return Symbols(table, table.rows(repeated), num_tables)
+
+    mask = None if attention_mask is None else attention_mask[:, -length:].bool()
+    met = input_ids if mask is None else input_ids.masked_fill(~mask, NO_SYMBOL)
+    exempt_ids = torch.tensor(config.exempt_token_ids, dtype=torch.int64, device=input_ids.device)
+    prefix = exempt_ids.expand(batch, -1)
+    layer = None if past_key_values is None else history_layer(past_key_values)
+    past = layer.history.get("symbols") if layer is not None else None
+    known = [] if past is None else [past[:, 0, :, 0]]
+    met = torch.cat([prefix, *known, met], dim=1)
+    first = first_positions(met)
+    start = met.shape[1] - length
+    unseen_row = None
+    if canonical:
+        ranks = (new_symbols(met, first).cumsum(1) - 1).gather(1, first)
+        ranks = ranks.masked_fill(met == NO_SYMBOL, 0)
+        if int(ranks.max()) >= config.canonical_size:
+            raise ValueError(
+                f"a sequence holds {int(ranks.max()) + 1} different symbols, but canonical_size is "
+                f"{config.canonical_size}"
+            )
+        all_rows = embedding.canonical_rows(input_ids.device)
+        rows, unseen_row = functional.embedding(ranks[:, start:], all_rows), all_rows[-1]
+        prefix_rows = functional.embedding(ranks[:, : prefix.shape[1]], all_rows)
+    else:
+        assert table is not None
+        rows = table.rows(repeated)
+        prefix_rows = table.rows(prefix.repeat_interleave(num_tables, dim=0))
+    past_rows = None if past is None else layer.history["rows"].flatten(0, 1)  # type: ignore[union-attr]
+    if by_occurrence:
+        rows = _orthogonalized(rows, past_rows, met, first, prefix.shape[1])
+    met_rows = torch.cat([part for part in (prefix_rows, past_rows, rows) if part is not None], dim=1)
+    if layer is not None:
+        layer.append_history(symbols=met[:, None, start:, None], rows=rows.unflatten(0, (batch, num_tables)))
+    return Symbols(table, rows, num_tables, met, first, met_rows, unseen_row)
+
+
+@torch.no_grad()
+def _orthogonalized(rows: Tensor, past_rows: Tensor | None, met: Tensor, first: Tensor, exempt: int) -> Tensor:
+    """Gram-Schmidt over the different symbols in the order in which they occur; after hidden_size of them, rows stay as
+    they are.
+
+    Args:
+        rows: (sequences, length, dim), of the new tokens as they were drawn.
+        past_rows: (sequences, past, dim), of the tokens before them, orthogonal.
+        met, first: (batch, exempt + past + length).
+        exempt: number of slots at the start that do not take part.
+
+    Returns:
+        (sequences, length, dim)
+    """
+    sequences, length, dim = rows.shape
+    repeats = sequences // len(met)
+    new = new_symbols(met, first)[:, exempt:].repeat_interleave(repeats, dim=0)
+    origin = (first[:, exempt:] - exempt).repeat_interleave(repeats, dim=0)[:, -length:]
+    rank = new.cumsum(1) - 1
+    past = new.shape[1] - length
+    count = rank[:, past - 1 : past] + 1 if past else rank.new_zeros(sequences, 1)
+    slots = min(length, dim)
+    chosen = new[:, past:] & (rank[:, past:] < dim)
+    slot = torch.where(chosen, rank[:, past:] - count, slots)
+    fresh = rows.new_zeros(sequences, slots + 1, dim)
+    fresh = fresh.scatter(1, slot[..., None].expand(-1, -1, dim), rows)[:, :slots]
+    if past_rows is not None:
+        basis = past_rows * (new[:, :past] & (rank[:, :past] < dim))[..., None]
+        for _ in range(2):  # what rounding left of the first projection
+            fresh = fresh - (fresh @ basis.transpose(1, 2)) @ basis / dim
+    fresh = orthonormal_rows(fresh)
+    drawn = rows
+    rows = torch.where(chosen[..., None], fresh.gather(1, slot.clamp(max=slots - 1)[..., None].expand_as(rows)), rows)
+    rows = rows if past_rows is None else torch.cat([past_rows, rows], dim=1)
+    repeated = rows.gather(1, origin.clamp(min=0)[..., None].expand(-1, -1, dim))
+    return torch.where((origin >= 0)[..., None], repeated, drawn)
+
+
+def _gaussian(config: LexinvariantConfig) -> LexinvariantConfig:
+    """The same configuration with the rows that Gram-Schmidt starts from."""
+    changed = copy.copy(config)
+    changed.table = "gaussian"
+    return changed
+
+
+def check_symbols(input_ids: Tensor, attention_mask: Tensor | None, vocab_size: int) -> None:
+    """Raises ValueError for ids outside 0..vocab_size - 1 and for a mask of another shape than (batch, length)."""
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids must have the shape (batch, length); found {tuple(input_ids.shape)}")
+    if attention_mask is not None and (attention_mask.dim() != 2 or len(attention_mask) != len(input_ids)):
+        raise ValueError(
+            f"attention_mask must have the shape (batch, length) with batch {len(input_ids)}; found "
+            f"{tuple(attention_mask.shape)}"
+        )
+    if torch.compiler.is_compiling() or not input_ids.numel():
+        return
+    low, high = input_ids.aminmax()
+    if low < 0 or high >= vocab_size:
+        raise ValueError(f"input_ids must lie in 0..{vocab_size - 1}; found {int(low if low < 0 else high)}")
+
+
+def _seeds(config, batch: int, lex_seeds: Tensor | None, device: torch.device, training: bool) -> Tensor:
+    if lex_seeds is not None:
+        if lex_seeds.shape != (batch,) or lex_seeds.dtype != torch.int64:
+            raise ValueError(
+                f"lex_seeds must be int64 of shape ({batch},); found {lex_seeds.dtype} of {tuple(lex_seeds.shape)}"
+            )
+        return lex_seeds.to(device)
+    if training:
+        # A new table at every visit of a sequence; on the CPU, so that one seed means the same on every device.
+        return torch.randint(-(2**63), 2**63 - 1, (batch,)).to(device)
+    return torch.full((batch,), config.eval_seed, device=device)
+
+
+def _check_explicit(config, batch: int, table: Tensor | None, permutations: Tensor | None) -> None:
+    vocab, size = config.vocab_size, config.hidden_size
+    if table is not None and table.shape not in ((vocab, size), (batch, vocab, size)):
+        raise ValueError(
+            f"embedding_table must have the shape ({vocab}, {size}) or ({batch}, {vocab}, {size}); found "
+            f"{tuple(table.shape)}"
+        )
+    if permutations is not None and permutations.shape != (batch, vocab):
+        raise ValueError(f"permutations must have the shape ({batch}, {vocab}); found {tuple(permutations.shape)}")
+
+
+# --- layers -----------------------------------------------------------------------------------------------------------
+
+
+def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    weights = query @ key.transpose(2, 3) * scaling + attention_mask
+    weights = functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class LexinvariantAttention(nn.Module):
+    def __init__(self, config: LexinvariantConfig, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.head_dim = config.head_dim
+        self.is_causal = False  # the mask says it, with the positions' bias
+        inner = config.num_attention_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, inner, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, inner, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, inner, bias=False)
+        self.o_proj = nn.Linear(inner, config.hidden_size, bias=False)
+        heads = config.num_attention_heads
+        self.attn_scale = nn.Parameter(torch.ones(heads)) if config.qk_norm else None
+        self.key_smear = nn.Parameter(torch.zeros(heads)) if config.key_smear else None
+        own_bias = layer_idx == 0 or not config.relative_attention_bias_shared
+        buckets = config.relative_attention_num_buckets
+        self.relative_attention_bias = nn.Embedding(buckets, heads) if own_bias else None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention: AttentionInputs,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
+        sequences, length, _ = hidden_states.shape
+        shape = (sequences, length, -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        if self.key_smear is None and self.attn_scale is not None:
+            key = _unit_length(key)
+        if past_key_values is not None:
+            # The tables of a batch element stand with its heads: caches are reordered by batch elements.
+            key, value = past_key_values.update(
+                *(part.reshape(attention.batch, -1, length, self.head_dim) for part in (key, value)), self.layer_idx
+            )
+            key, value = (part.reshape(sequences, -1, part.shape[2], self.head_dim) for part in (key, value))
+        if self.key_smear is not None:
+            # Behind the cache, which holds the keys as they are: any number of them can be taken back.
+            key = self._smeared(key, attention.real)
+            key = _unit_length(key) if self.attn_scale is not None else key
+        bias = attention.bias
+        scaling = self.head_dim**-0.5
+        if self.attn_scale is not None:
+            scale = self.attn_scale.abs().to(query.dtype)[:, None, None]
+            query, bias, scaling = _unit_length(query) * scale, bias * scale, 1.0
+        kernel: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        output, weights = kernel(
+            self,
+            query,
+            key,
+            value,
+            (bias + attention.mask).to(query.dtype),
+            scaling=scaling,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            **kwargs,
+        )
+        if attention.attends is not None:
+            output = output * attention.attends[..., None, None].to(output.dtype)
+        return self.o_proj(output.reshape(sequences, length, -1)), weights
+
+    def _smeared(self, key: Tensor, real: Tensor | None) -> Tensor:
+        """k'_t = g k_t + (1 - g) k_{t-1}; the first token of a sequence has no predecessor."""
+        assert self.key_smear is not None
+        before = functional.pad(key, (0, 0, 1, 0))[:, :, :-1]
+        if real is not None:
+            before = before * functional.pad(real, (1, 0))[:, None, :-1, None].to(key.dtype)
+        share = torch.sigmoid(self.key_smear)[:, None, None].to(key.dtype)
+        return share * key + (1 - share) * before
+
+    def position_bias(self, length: int, total: int) -> Tensor:
+        """(heads, length, total) for the last `length` of `total` positions."""
+        assert self.relative_attention_bias is not None
+        config, weight = self.config, self.relative_attention_bias.weight
+        distances = torch.arange(total - 1, -length, -1, device=weight.device).clamp(min=0)
+        buckets = distance_buckets(
+            distances, config.relative_attention_num_buckets, config.relative_attention_max_distance
+        )
+        by_distance = functional.embedding(buckets, weight).T  # (heads, total + length - 1), distances falling
+        return by_distance.unfold(1, total, 1).flip(1)
+
+
+def distance_buckets(distances: Tensor, buckets: int, max_distance: int) -> Tensor:
+    """T5's buckets of causal distances (arXiv 1910.10683, section 2.1): one for each small one, wider ones behind."""
+    half = buckets // 2
+    far = torch.log(distances.clamp(min=1).float() / half) / math.log(max_distance / half) * (buckets - half)
+    return torch.where(distances < half, distances, (half + far.long()).clamp(max=buckets - 1))
+
+
+def _unit_length(vectors: Tensor) -> Tensor:
+    return vectors * torch.rsqrt(vectors.float().square().sum(-1, keepdim=True) + 1e-6).to(vectors.dtype)
+
+
+@dataclass
+class AttentionInputs:
+    """What all layers need to attend.
+
+    batch: number of batch elements (not of their tables).
+    mask: (sequences or 1, 1, length, total) float, 0 where a position may look and the smallest number elsewhere.
+    attends: (sequences or 1, length) bool, whether a position may look anywhere; None if all may.
+    real: (sequences, total) bool, False at padding; None without padding.
+    bias: (heads, length, total) of the layer at hand.
+    """
+
+    batch: int
+    mask: Tensor
+    attends: Tensor | None
+    real: Tensor | None
+    bias: Tensor
+
+
+class LexinvariantMLP(nn.Module):
+    def __init__(self, config: LexinvariantConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.up_proj(hidden)))
+
+
+class LexinvariantDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: LexinvariantConfig, layer_idx: int):
+        super().__init__()
+        self.input_layernorm = LexinvariantRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = LexinvariantAttention(config, layer_idx)
+        self.post_attention_layernorm = LexinvariantRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = LexinvariantMLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, hidden_states: Tensor, attention: AttentionInputs, past_key_values=None, **kwargs) -> Tensor:
+        normed = self.dropout(self.input_layernorm(hidden_states))
+        hidden_states = hidden_states + self.self_attn(normed, attention, past_key_values, **kwargs)[0]
+        return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+class LexinvariantPreTrainedModel(PreTrainedModel):
+    config_class = LexinvariantConfig
+    config: LexinvariantConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LexinvariantDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _can_record_outputs = {"hidden_states": LexinvariantDecoderLayer, "attentions": LexinvariantAttention}
+
+    def __init__(self, config: LexinvariantConfig, *args, **kwargs):
+        # Fields that from_pretrained overrides are assigned one by one, without the checks across fields.
+        config.validate()
+        super().__init__(config, *args, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        config = self.config
+        if isinstance(module, nn.Linear):
+            std = config.initializer_range or module.in_features**-0.5
+            nn.init.normal_(module.weight, std=std)
+        elif isinstance(module, nn.Embedding):
+            nn.init.zeros_(module.weight)
+        elif isinstance(module, LexinvariantRMSNorm):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, SymbolEmbedding):
+            if module.scale is not None:
+                nn.init.ones_(module.scale)
+                nn.init.zeros_(module.bias)
+            for weight in (module.weight, module.exempt_weight):
+                if weight is not None:
+                    nn.init.normal_(weight, std=config.embedding_std)
+        elif isinstance(module, LexinvariantAttention):
+            if module.attn_scale is not None:
+                nn.init.constant_(module.attn_scale, config.attn_scale_init)
+            if module.key_smear is not None:
+                nn.init.zeros_(module.key_smear)
+            if config.initialization == "mimetic":
+                _copying_projections(module)
+        if isinstance(module, LexinvariantModel):
+            nn.init.constant_(module.norm.weight, config.final_norm_init)
+
+
+def _copying_projections(attention: LexinvariantAttention) -> None:
+    nn.init.orthogonal_(attention.v_proj.weight)
+    attention.o_proj.weight.copy_(0.7 * attention.v_proj.weight.T)
+    nn.init.orthogonal_(attention.q_proj.weight)
+    attention.k_proj.weight.copy_(attention.q_proj.weight)
+
+
+class LexinvariantModel(LexinvariantPreTrainedModel):
+    """The decoder without read-out."""
+
+    _auto_class = "AutoModel"
+
+    def __init__(self, config: LexinvariantConfig):
+        super().__init__(config)
+        self.embed_tokens = SymbolEmbedding(config)
+        self.layers = nn.ModuleList(LexinvariantDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = LexinvariantRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embed_tokens
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        embedding_table: Tensor | None = None,
+        permutations: Tensor | None = None,
+        lex_seeds: Tensor | None = None,
+        num_tables: int = 1,
+        symbols: Symbols | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """
+        Args:
+            input_ids, attention_mask, embedding_table, permutations, lex_seeds, num_tables: as in
+                `LexinvariantForCausalLM.forward`.
+            inputs_embeds: (batch, length, hidden_size), behind scale and bias, instead of `input_ids`.
+            symbols: the rows of `input_ids`, where they are known already.
+
+        Returns:
+            last_hidden_state (batch * num_tables, length, hidden_size), behind the final norm; hidden_states from that
+            of the embeddings to that before the final norm.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give input_ids or inputs_embeds, one of the two")
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if inputs_embeds is None:
+            if symbols is None:
+                symbols = resolve_symbols(
+                    self.embed_tokens,
+                    input_ids,
+                    attention_mask,
+                    past_key_values,
+                    embedding_table,
+                    permutations,
+                    lex_seeds,
+                    num_tables,
+                )
+            num_tables = symbols.num_tables
+            inputs_embeds = self.embed_tokens.affine(symbols.rows).to(self.norm.weight.dtype)
+        attention = self._attention_inputs(inputs_embeds, attention_mask, past_key_values, num_tables)
+        hidden_states = inputs_embeds
+        for layer in self.layers:
+            if layer.self_attn.relative_attention_bias is not None:
+                attention.bias = layer.self_attn.position_bias(*attention.mask.shape[-2:])
+            hidden_states = layer(hidden_states, attention, past_key_values=past_key_values, **kwargs)
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.dropout(self.norm(hidden_states)), past_key_values=past_key_values
+        )
+
+    def _attention_inputs(self, embeds: Tensor, attention_mask: Tensor | None, cache: Cache | None, num_tables: int):
+        length, device = embeds.shape[1], embeds.device
+        total = length + (cache.get_seq_length() if cache is not None else 0)
+        if attention_mask is not None and attention_mask.shape[1] != total:
+            raise ValueError(
+                f"attention_mask must cover {total} tokens, those in the cache included; found {attention_mask.shape[1]}"
+            )
+        here = torch.arange(total - length, total, device=device)[:, None]
+        allowed = torch.arange(total, device=device) <= (here if self.config.attend_self else here - 1)
+        allowed = allowed[None]
+        real = None
+        if attention_mask is not None:
+            real = attention_mask.bool().repeat_interleave(num_tables, dim=0)
+            allowed = allowed & real[:, None]
+        mask = torch.zeros_like(allowed, dtype=embeds.dtype).masked_fill_(~allowed, torch.finfo(embeds.dtype).min)
+        attends = None if real is None and self.config.attend_self else allowed.any(-1)
+        return AttentionInputs(len(embeds) // num_tables, mask[:, None], attends, real, embeds.new_empty(0))
+
+
+class LexinvariantForCausalLM(LexinvariantPreTrainedModel, GenerationMixin):
+    """The decoder with read-out by the same rows that it reads."""
+
+    _auto_class = "AutoModelForCausalLM"
+
+    def __init__(self, config: LexinvariantConfig):
+        super().__init__(config)
+        self.model = LexinvariantModel(config)
+        self.post_init()
+
+    def get_output_embeddings(self):
+        return None
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        embedding_table: Tensor | None = None,
+        permutations: Tensor | None = None,
+        lex_seeds: Tensor | None = None,
+        num_tables: int = 1,
+        skip_logits: bool | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """
+        Args:
+            input_ids: (batch, length) int64.
+            attention_mask: (batch, cached + length), 0 at padding, left or right: it is never attended to, never
+                counts as met, and never enters the loss.
+            past_key_values: a cache from an earlier call; it also keeps the symbols met so far.
+            labels: (batch, length), usually `input_ids`; shifted inside, -100 where ignored.
+            logits_to_keep: how many positions at the end get logits, or which; 0 for all.
+            embedding_table: rows of all symbols, (vocab_size, hidden_size) or (batch, vocab_size, hidden_size), instead
+                of what the configuration says.
+            permutations: (batch, vocab_size), of the symbols, before their rows are looked up.
+            lex_seeds: (batch,) int64, the identities of the sequences' tables. By default new ones while training,
+                `config.eval_seed` for all in evaluation.
+            num_tables: number of tables over which probabilities are averaged (arXiv 2305.16349, formula 5).
+            skip_logits: whether to compute the loss only; by default, while training with labels.
+
+        Returns:
+            loss: mean over pairs of real tokens. logits: (batch, length, vocab_size) float32; with num_tables above 1,
+            logarithms of the mean probabilities.
+        """
+        if skip_logits is None:
+            skip_logits = self.training and labels is not None
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if input_ids is None:
+            raise ValueError("input_ids are needed: logits are products with the rows of the symbols met")
+        symbols = resolve_symbols(
+            self.model.embed_tokens,
+            input_ids,
+            attention_mask,
+            past_key_values,
+            embedding_table,
+            permutations,
+            lex_seeds,
+            num_tables,
+        )
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            symbols=symbols,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        length = hidden.shape[1]
+        loss = logits = None
+        if labels is not None:
+            losses, counted = self._token_losses(hidden, symbols, input_ids, attention_mask, labels)
+            items = kwargs.get("num_items_in_batch")
+            loss = losses.sum() / (counted.sum() if items is None else items)
+        if not skip_logits:
+            positions = torch.arange(length, device=hidden.device)
+            kept = positions[-logits_to_keep:] if isinstance(logits_to_keep, int) else positions[logits_to_keep]
+            logits = self._logits(hidden, symbols, kept)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _scale(self) -> float:
+        return self.config.hidden_size**-0.5 if self.config.logit_scale == "rsqrt_hidden" else 1.0
+
+    def _logits(self, hidden: Tensor, symbols: Symbols, positions: Tensor) -> Tensor:
+        hidden = hidden[:, positions]
+        if symbols.met is None:
+            logits = symbols.table.products(hidden).float() * self._scale()
+        else:
+            logits = self._collapsed(hidden, symbols, positions).full_logits()
+        return _averaged(logits, symbols.num_tables) if symbols.num_tables > 1 else logits
+
+    def _token_losses(self, hidden, symbols: Symbols, input_ids, attention_mask, labels) -> tuple[Tensor, Tensor]:
+        """Negative log-likelihoods (batch, length - 1) of the following symbols, 0 where they do not count, and where
+        they count."""
+        length = labels.shape[1]
+        counted = labels[:, 1:] != -100
+        if attention_mask is not None:
+            real = attention_mask[:, -length:].bool()
+            counted = counted & real[:, 1:] & real[:, :-1]
+        targets = labels[:, 1:].masked_fill(~counted, 0)
+        if targets.numel() and not torch.compiler.is_compiling() and int(targets.max()) >= self.config.vocab_size:
+            raise ValueError(f"labels must lie in 0..{self.config.vocab_size - 1}; found {int(targets.max())}")
+        targets = targets.repeat_interleave(symbols.num_tables, dim=0)
+        positions = torch.arange(length - 1, device=hidden.device)
+        hidden = hidden[:, :-1]
+        if symbols.met is None:
+            logits = symbols.table.products(hidden).float() * self._scale()
+            losses = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+            losses = losses.view_as(targets)
+        else:
+            distribution = self._collapsed(hidden, symbols, positions)
+            losses = distribution.normalizer() - distribution.of(targets)
+        if symbols.num_tables > 1:
+            several = losses.unflatten(0, (-1, symbols.num_tables))
+            losses = math.log(symbols.num_tables) - (-several).logsumexp(1)
+        return losses.masked_fill(~counted, 0.0), counted
+
+    def _collapsed(self, hidden: Tensor, symbols: Symbols, positions: Tensor) -> CollapsedDistribution:
+        """Distributions at `positions` of the new tokens; hidden (sequences, positions, hidden_size)."""
+        config = self.config
+        assert symbols.met is not None and symbols.first is not None and symbols.met_rows is not None
+        met, first = (part.repeat_interleave(symbols.num_tables, dim=0) for part in (symbols.met, symbols.first))
+        slots = torch.arange(met.shape[1], device=met.device)
+        here = positions + met.shape[1] - symbols.rows.shape[1]
+        here = here.clamp(min=len(config.exempt_token_ids) - 1)
+        seen = new_symbols(met, first)[:, None] & (slots <= here[:, None])
+        products = (hidden @ symbols.met_rows.to(hidden.dtype).transpose(1, 2)).float()
+        logits = products * self._scale()
+        if symbols.unseen_row is not None:
+            rest = (config.vocab_size - seen.sum(-1)).clamp(min=1)
+            unseen = (hidden @ symbols.unseen_row.to(hidden.dtype)).float() * self._scale() - rest.log()
+        else:
+            variance = hidden.float().square().sum(-1) * config.embedding_std**2
+            if config.table == "orthonormal":
+                variance = self._outside_variance(variance, products, seen)
+            unseen = variance * (self._scale() ** 2 / 2)
+        return CollapsedDistribution(logits, unseen, met, first, seen, config.vocab_size)
+
+    def _outside_variance(self, squared: Tensor, products: Tensor, seen: Tensor) -> Tensor:
+        """Of products with a row that is orthogonal to all that were seen: what of |h|^2 lies outside their span, shared
+        by the dimensions that are left."""
+        dim = self.config.hidden_size
+        count = seen.sum(-1)
+        inside = (products.square() * seen).sum(-1) / dim
+        outside = (squared - inside).clamp(min=0) * dim / (dim - count).clamp(min=1)
+        return torch.where(count < dim, outside, squared)
+
+
+def _averaged(logits: Tensor, num_tables: int) -> Tensor:
+    """Logarithms of mean probabilities: (batch * num_tables, …) -> (batch, …)"""
+    several = logits.log_softmax(-1).unflatten(0, (-1, num_tables))
+    return several.logsumexp(1) - math.log(num_tables)
