@@ -658,6 +658,23 @@ class LexinvariantForCausalLM(LexinvariantPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
+    def token_losses(self, input_ids: Tensor, attention_mask: Tensor | None = None, **tables) -> tuple[Tensor, Tensor]:
+        """Negative log-likelihood of every symbol, given those before it.
+
+        Args:
+            input_ids, attention_mask: (batch, length), as in `forward`.
+            tables: `embedding_table`, `permutations`, `lex_seeds`, `num_tables`, as in `forward`.
+
+        Returns:
+            losses: (batch, length - 1) float32, in nats: that of `input_ids[:, t + 1]` at t, 0 where it does not count.
+            counted: (batch, length - 1) bool, where a real token follows a real one.
+        """
+        symbols = resolve_symbols(self.model.embed_tokens, input_ids, attention_mask, **tables)
+        hidden = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, symbols=symbols, use_cache=False
+        ).last_hidden_state
+        return self._token_losses(hidden, symbols, input_ids, attention_mask, input_ids)
+
     def _scale(self) -> float:
         return self.config.hidden_size**-0.5 if self.config.logit_scale == "rsqrt_hidden" else 1.0
 
