@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, LogitsProcessorList, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -27,6 +27,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .collapsed_readout import CollapsedDistribution
 from .configuration_lexinvariant import LexinvariantConfig
+from .equal_scores import CUTTING_WARPERS, BreakTies, InSeededOrder
 from .symbol_history import NO_SYMBOL, first_positions, history_layer, new_symbols
 from .symbol_rows import random_rows
 from .symbol_tables import Table, make_table, orthonormal_rows
@@ -121,7 +122,7 @@ def resolve_symbols(
     config = embedding.config
     batch, length = input_ids.shape
     check_symbols(input_ids, attention_mask, config.vocab_size)
-    seeds = _seeds(config, batch, lex_seeds, input_ids.device, embedding.training)
+    seeds = symbol_seeds(config, batch, lex_seeds, input_ids.device, embedding.training)
     if num_tables < 1:
         raise ValueError(f"num_tables must be at least 1; found {num_tables}")
     if num_tables > 1 and (embedding_table is not None or config.table in ("learned", "canonical")):
@@ -143,7 +144,7 @@ def resolve_symbols(
             exempt=embedding.exempt_weight,
             explicit=None if embedding_table is None else embedding_table.to(input_ids.device),
             permutations=permutations,
-            training=embedding.training,
+            training=embedding.training and lex_seeds is None,
         )
         table = drawn
     repeated = input_ids.repeat_interleave(num_tables, dim=0)
@@ -247,7 +248,8 @@ def check_symbols(input_ids: Tensor, attention_mask: Tensor | None, vocab_size: 
         raise ValueError(f"input_ids must lie in 0..{vocab_size - 1}; found {int(low if low < 0 else high)}")
 
 
-def _seeds(config, batch: int, lex_seeds: Tensor | None, device: torch.device, training: bool) -> Tensor:
+def symbol_seeds(config, batch: int, lex_seeds: Tensor | None, device: torch.device, training: bool) -> Tensor:
+    """Seeds (batch,) of the tables: those given; else new ones while training, `config.eval_seed` in evaluation."""
     if lex_seeds is not None:
         if lex_seeds.shape != (batch,) or lex_seeds.dtype != torch.int64:
             raise ValueError(
@@ -575,6 +577,34 @@ class LexinvariantForCausalLM(LexinvariantPreTrainedModel, GenerationMixin):
 
     def get_output_embeddings(self):
         return None
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
+        # One identity for the whole text, whatever the mode; every beam of a prompt gets it.
+        if input_ids is not None:
+            config, embedding = self.config, self.model.embed_tokens
+            seeds = symbol_seeds(config, len(input_ids), kwargs.get("lex_seeds"), input_ids.device, embedding.training)
+            kwargs["lex_seeds"] = seeds
+        # A table for all sequences is no row of the batch.
+        table = kwargs.get("embedding_table")
+        shared = {"embedding_table": kwargs.pop("embedding_table")} if table is not None and table.dim() == 2 else {}
+        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        return input_ids, {**kwargs, **shared}
+
+    def _get_logits_processor(self, generation_config, *args, model_kwargs=None, **kwargs):
+        processors = super()._get_logits_processor(generation_config, *args, model_kwargs=model_kwargs, **kwargs)
+        seeds = (model_kwargs or {}).get("lex_seeds")
+        if not self.config.is_collapsed or seeds is None:
+            return processors
+        ordered = (
+            InSeededOrder(processor, seeds) if isinstance(processor, CUTTING_WARPERS) else processor
+            for processor in processors
+        )
+        processors = LogitsProcessorList(ordered)
+        if not generation_config.do_sample:
+            # A beam search looks at this many continuations of every beam (more with several ends of text).
+            count = 1 if (generation_config.num_beams or 1) == 1 else 4 * generation_config.num_beams
+            processors.append(BreakTies(seeds, count))
+        return processors
 
     @can_return_tuple
     def forward(

@@ -26,13 +26,19 @@ _G = _signed(0x9E3779B97F4A7C15)
 _C = _signed(0x2545F4914F6CDD1D)
 _FIRST_FACTOR = _signed(0xBF58476D1CE4E5B9)
 _SECOND_FACTOR = _signed(0x94D049BB133111EB)
+_CHUNK_PAIRS = 2**16  # that are computed at once
 
 
 def mix(state: Tensor) -> Tensor:
     """The finalizer of SplitMix64 on int64 tensors, read as unsigned: a bijection of the 2^64 states."""
-    state = (state ^ _shifted(state, 30)) * _FIRST_FACTOR
-    state = (state ^ _shifted(state, 27)) * _SECOND_FACTOR
-    return state ^ _shifted(state, 31)
+    return _mix_(state.clone())
+
+
+def _mix_(state: Tensor) -> Tensor:
+    """`mix` in place."""
+    state.bitwise_xor_(_shifted(state, 30)).mul_(_FIRST_FACTOR)
+    state.bitwise_xor_(_shifted(state, 27)).mul_(_SECOND_FACTOR)
+    return state.bitwise_xor_(_shifted(state, 31))
 
 
 def row_states(seeds: Tensor, tokens: Tensor, tables: Tensor | int = 0) -> Tensor:
@@ -59,12 +65,28 @@ def random_rows(seeds: Tensor, tokens: Tensor, dim: int, tables: Tensor | int = 
         float32, the broadcast shape with `dim` behind it.
     """
     states = row_states(seeds, tokens, tables)
-    pairs = torch.arange(1, (dim + 1) // 2 + 1, device=states.device)
-    bits = mix(states[..., None] + _G * pairs)
-    radius = (((bits >> 40) & 0xFFFFFF) + 1).float().mul_(2.0**-24).log_().mul_(-2).sqrt_()
-    angle = ((bits >> 8) & 0xFFFFFF).float().mul_(2 * math.pi * 2.0**-24)
-    rows = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1)
-    return rows.flatten(-2)[..., :dim]
+    offsets = _G * torch.arange(1, (dim + 1) // 2 + 1, device=states.device)
+    flat = states.flatten()
+    # On a CPU, intermediate results stay in its cache: three times as fast. Nothing else has to wait for one.
+    chunk = max(1, _CHUNK_PAIRS // len(offsets)) if states.device.type == "cpu" else max(1, len(flat))
+    rows = torch.empty(len(flat), len(offsets), 2, device=states.device)
+    if torch.compiler.is_compiling():
+        _write_normal_numbers(flat, offsets, rows)
+    else:
+        for part, part_of_rows in zip(flat.split(chunk), rows.split(chunk)):
+            _write_normal_numbers(part, offsets, part_of_rows)
+    return rows.view(*states.shape, 2 * len(offsets))[..., :dim]
+
+
+def _write_normal_numbers(states: Tensor, offsets: Tensor, rows: Tensor) -> None:
+    """Pairs of normal numbers (Box and Muller): states (n,), offsets (pairs,), rows (n, pairs, 2), written to."""
+    bits = _mix_(states[:, None] + offsets)
+    # The upper 24 bits of both halves of each state, the lower half first as memory has it.
+    halves = bits.view(torch.int32).view(*bits.shape, 2).bitwise_right_shift_(8).bitwise_and_(0xFFFFFF).float()
+    radius = halves[..., 1].add(1).mul_(2.0**-24).log_().mul_(-2).sqrt_()
+    angle = halves[..., 0] * (2 * math.pi * 2.0**-24)
+    torch.mul(radius, angle.cos(), out=rows[..., 0])
+    torch.mul(radius, angle.sin_(), out=rows[..., 1])
 
 
 def uniform_numbers(seeds: Tensor, tokens: Tensor, tables: Tensor | int = 0) -> Tensor:
@@ -96,4 +118,4 @@ def random_permutations(
 
 def _shifted(state: Tensor, bits: int) -> Tensor:
     """Shifted right with zeros moving in: on int64, `>>` repeats the sign."""
-    return (state >> bits) & ((1 << (64 - bits)) - 1)
+    return (state >> bits).bitwise_and_((1 << (64 - bits)) - 1)

@@ -1,0 +1,64 @@
+"""Choices among symbols with equal scores, as all symbols have that have not occurred.
+
+What decides by position in the vocabulary would prefer low numbers, and the model would no longer be blind to what
+symbols are called. Here the sequence's seed decides: each seed has an order of all symbols of its own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+from transformers.generation import logits_process
+
+from .symbol_rows import uniform_numbers
+
+# They cut a sorted list of scores, and so decide among equal ones by position.
+_CUTTING = ("TopPLogitsWarper", "TypicalLogitsWarper", "TopHLogitsWarper")
+CUTTING_WARPERS = tuple(getattr(logits_process, name) for name in _CUTTING if hasattr(logits_process, name))
+_ORDER = -1  # the seed's table that orders symbols; rows come from tables 0, 1, ...
+
+
+def preferences(seeds: Tensor, vocab_size: int) -> Tensor:
+    """A number in [0, 1) for every seed (batch,) and symbol: (batch, vocab_size) float64; the larger comes first."""
+    return uniform_numbers(seeds[:, None], torch.arange(vocab_size, device=seeds.device), _ORDER)
+
+
+class InSeededOrder(LogitsProcessor):
+    """Calls a processor with the symbols in the order of the seed."""
+
+    def __init__(self, processor: LogitsProcessor, seeds: Tensor):
+        self.processor, self.seeds = processor, seeds
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        order = preferences(self.seeds.to(scores.device), scores.shape[1]).argsort(dim=1, descending=True)
+        processed = self.processor(input_ids, scores.gather(1, order))
+        return torch.empty_like(processed).scatter_(1, order, processed)
+
+
+class BreakTies(LogitsProcessor):
+    """Makes the best `count` scores differ where several are equal: they fall in the order of the seed, from one to the
+    next by the smallest step that float32 has; all the others that were equal stand below them."""
+
+    def __init__(self, seeds: Tensor, count: int):
+        self.seeds, self.count = seeds, count
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        count = min(self.count, scores.shape[1])
+        best = scores.topk(min(count + 1, scores.shape[1]), dim=1).values
+        repeated = (best[:, 1:] == best[:, :-1]) & best[:, 1:].isfinite()
+        if not repeated.any():
+            return scores
+        # One value can be that of many symbols: that of the unseen ones.
+        rows = torch.arange(len(scores), device=scores.device)
+        value = torch.where(repeated.any(1), best[rows, repeated.int().argmax(1)], torch.nan)
+        equal = scores == value[:, None]
+        preferred = preferences(self.seeds.to(scores.device), scores.shape[1]).masked_fill(~equal, -1.0)
+        chosen = preferred.topk(count, dim=1)
+        steps = [value]
+        for _ in range(count):
+            steps.append(torch.nextafter(steps[-1], torch.full_like(value, -torch.inf)))
+        ladder = torch.stack(steps, dim=1)
+        lowered = torch.where(equal, ladder[:, -1:], scores)
+        top = torch.where(chosen.values >= 0, ladder[:, :-1], lowered.gather(1, chosen.indices))
+        return lowered.scatter(1, chosen.indices, top)
