@@ -1,7 +1,7 @@
 """Random rows of symbols, computed from (seed, table, token) without state.
 
-The generator counts instead of remembering: any row of any table is available at any time, on every device with the same
-value, whatever else is computed with it. Nothing of the size of the vocabulary is ever stored.
+The generator counts instead of remembering: any row of any table is available at any time, on every device with the
+same value, whatever else is computed with it. Nothing of the size of the vocabulary is ever stored.
 
 Definition, with all arithmetic modulo 2^64 and `mix` the finalizer of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014):
 
