@@ -37,8 +37,12 @@ class InSeededOrder(LogitsProcessor):
 
 
 class BreakTies(LogitsProcessor):
-    """Makes the best `count` scores differ where several are equal: they fall in the order of the seed, from one to the
-    next by the smallest step that float32 has; all the others that were equal stand below them."""
+    """Makes the best `count` scores differ where several are equal: they fall in the order of the seed, each by a little
+    more than `STEP` (by how much, the seed says too, so that sums over several tokens differ as well); all the others
+    that were equal stand below them. Steps are above float32's rounding of a text's score and change it by less than
+    (count + 1) * STEP per token."""
+
+    STEP = 2.0**-14
 
     def __init__(self, seeds: Tensor, count: int):
         self.seeds, self.count = seeds, count
@@ -50,15 +54,11 @@ class BreakTies(LogitsProcessor):
         if not repeated.any():
             return scores
         # One value can be that of many symbols: that of the unseen ones.
-        rows = torch.arange(len(scores), device=scores.device)
-        value = torch.where(repeated.any(1), best[rows, repeated.int().argmax(1)], torch.nan)
-        equal = scores == value[:, None]
+        value = best.gather(1, repeated.int().argmax(1, keepdim=True))
+        equal = (scores == value) & repeated.any(1, keepdim=True)
         preferred = preferences(self.seeds.to(scores.device), scores.shape[1]).masked_fill(~equal, -1.0)
         chosen = preferred.topk(count, dim=1)
-        steps = [value]
-        for _ in range(count):
-            steps.append(torch.nextafter(steps[-1], torch.full_like(value, -torch.inf)))
-        ladder = torch.stack(steps, dim=1)
-        lowered = torch.where(equal, ladder[:, -1:], scores)
-        top = torch.where(chosen.values >= 0, ladder[:, :-1], lowered.gather(1, chosen.indices))
-        return lowered.scatter(1, chosen.indices, top)
+        fall = torch.arange(count, device=scores.device) + 1 - chosen.values
+        lowered = torch.where(equal, scores - self.STEP * (count + 1), scores)
+        top = torch.where(chosen.values >= 0, value - self.STEP * fall, lowered.gather(1, chosen.indices))
+        return lowered.scatter(1, chosen.indices, top.to(scores.dtype))

@@ -202,6 +202,7 @@ def _orthogonalized(rows: Tensor, past_rows: Tensor | None, met: Tensor, first: 
         (sequences, length, dim)
     """
     sequences, length, dim = rows.shape
+    rows = rows.double()  # in float32, the last rows of a nearly full basis would depend on how the text is cut
     repeats = sequences // len(met)
     new = new_symbols(met, first)[:, exempt:].repeat_interleave(repeats, dim=0)
     origin = (first[:, exempt:] - exempt).repeat_interleave(repeats, dim=0)[:, -length:]
@@ -214,6 +215,7 @@ def _orthogonalized(rows: Tensor, past_rows: Tensor | None, met: Tensor, first: 
     fresh = rows.new_zeros(sequences, slots + 1, dim)
     fresh = fresh.scatter(1, slot[..., None].expand(-1, -1, dim), rows)[:, :slots]
     if past_rows is not None:
+        past_rows = past_rows.double()
         basis = past_rows * (new[:, :past] & (rank[:, :past] < dim))[..., None]
         for _ in range(2):  # what rounding left of the first projection
             fresh = fresh - (fresh @ basis.transpose(1, 2)) @ basis / dim
@@ -222,7 +224,7 @@ def _orthogonalized(rows: Tensor, past_rows: Tensor | None, met: Tensor, first: 
     rows = torch.where(chosen[..., None], fresh.gather(1, slot.clamp(max=slots - 1)[..., None].expand_as(rows)), rows)
     rows = rows if past_rows is None else torch.cat([past_rows, rows], dim=1)
     repeated = rows.gather(1, origin.clamp(min=0)[..., None].expand(-1, -1, dim))
-    return torch.where((origin >= 0)[..., None], repeated, drawn)
+    return torch.where((origin >= 0)[..., None], repeated, drawn).float()
 
 
 def _gaussian(config: LexinvariantConfig) -> LexinvariantConfig:
