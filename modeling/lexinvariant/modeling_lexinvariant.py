@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import GenerationMixin, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationMixin, LogitsProcessorList, PreTrainedModel, initialization
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -92,9 +92,11 @@ class SymbolEmbedding(nn.Module):
         seed = torch.tensor(self.config.eval_seed, device=device)
         return random_rows(seed, ranks, self.config.hidden_size) * self.config.embedding_std
 
-    def forward(self, input_ids: Tensor, lex_seeds: Tensor | None = None) -> Tensor:
-        """Embeddings (batch, length, hidden_size) of symbols (batch, length) under seeds (batch,)."""
-        return self.affine(resolve_symbols(self, input_ids, lex_seeds=lex_seeds).rows).to(self.dtype)
+    def forward(self, input_ids: Tensor, lex_seeds: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+        """Embeddings (batch, length, hidden_size) of symbols (batch, length) under seeds (batch,), or of their rows."""
+        if rows is None:
+            rows = resolve_symbols(self, input_ids, lex_seeds=lex_seeds).rows
+        return self.affine(rows).to(self.dtype)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -306,10 +308,16 @@ class LexinvariantAttention(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
+        bias: Tensor,
         attention: AttentionInputs,
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
+        """
+        Args:
+            hidden_states: (sequences, length, hidden_size)
+            bias: (heads, length, total), of the positions.
+        """
         sequences, length, _ = hidden_states.shape
         shape = (sequences, length, -1, self.head_dim)
         query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
@@ -327,7 +335,6 @@ class LexinvariantAttention(nn.Module):
             # Behind the cache, which holds the keys as they are: any number of them can be taken back.
             key = self._smeared(key, attention.real)
             key = _unit_length(key) if self.attn_scale is not None else key
-        bias = attention.bias
         scaling = self.head_dim**-0.5
         if self.attn_scale is not None:
             scale = self.attn_scale.abs().to(query.dtype)[:, None, None]
@@ -387,14 +394,12 @@ class AttentionInputs:
     mask: (sequences or 1, 1, length, total) float, 0 where a position may look and the smallest number elsewhere.
     attends: (sequences or 1, length) bool, whether a position may look anywhere; None if all may.
     real: (sequences, total) bool, False at padding; None without padding.
-    bias: (heads, length, total) of the layer at hand.
     """
 
     batch: int
     mask: Tensor
     attends: Tensor | None
     real: Tensor | None
-    bias: Tensor
 
 
 class LexinvariantMLP(nn.Module):
@@ -417,9 +422,11 @@ class LexinvariantDecoderLayer(GradientCheckpointingLayer):
         self.mlp = LexinvariantMLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, hidden_states: Tensor, attention: AttentionInputs, past_key_values=None, **kwargs) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, bias: Tensor, attention: AttentionInputs, past_key_values=None, **kwargs
+    ) -> Tensor:
         normed = self.dropout(self.input_layernorm(hidden_states))
-        hidden_states = hidden_states + self.self_attn(normed, attention, past_key_values, **kwargs)[0]
+        hidden_states = hidden_states + self.self_attn(normed, bias, attention, past_key_values, **kwargs)[0]
         return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
 
 
@@ -446,34 +453,34 @@ class LexinvariantPreTrainedModel(PreTrainedModel):
         config = self.config
         if isinstance(module, nn.Linear):
             std = config.initializer_range or module.in_features**-0.5
-            nn.init.normal_(module.weight, std=std)
+            initialization.normal_(module.weight, std=std)
         elif isinstance(module, nn.Embedding):
-            nn.init.zeros_(module.weight)
+            initialization.zeros_(module.weight)
         elif isinstance(module, LexinvariantRMSNorm):
-            nn.init.ones_(module.weight)
+            initialization.ones_(module.weight)
         elif isinstance(module, SymbolEmbedding):
             if module.scale is not None:
-                nn.init.ones_(module.scale)
-                nn.init.zeros_(module.bias)
+                initialization.ones_(module.scale)
+                initialization.zeros_(module.bias)
             for weight in (module.weight, module.exempt_weight):
                 if weight is not None:
-                    nn.init.normal_(weight, std=config.embedding_std)
+                    initialization.normal_(weight, std=config.embedding_std)
         elif isinstance(module, LexinvariantAttention):
             if module.attn_scale is not None:
-                nn.init.constant_(module.attn_scale, config.attn_scale_init)
+                initialization.constant_(module.attn_scale, config.attn_scale_init)
             if module.key_smear is not None:
-                nn.init.zeros_(module.key_smear)
+                initialization.zeros_(module.key_smear)
             if config.initialization == "mimetic":
                 _copying_projections(module)
         if isinstance(module, LexinvariantModel):
-            nn.init.constant_(module.norm.weight, config.final_norm_init)
+            initialization.constant_(module.norm.weight, config.final_norm_init)
 
 
 def _copying_projections(attention: LexinvariantAttention) -> None:
-    nn.init.orthogonal_(attention.v_proj.weight)
-    attention.o_proj.weight.copy_(0.7 * attention.v_proj.weight.T)
-    nn.init.orthogonal_(attention.q_proj.weight)
-    attention.k_proj.weight.copy_(attention.q_proj.weight)
+    initialization.orthogonal_(attention.v_proj.weight)
+    initialization.copy_(attention.o_proj.weight, 0.7 * attention.v_proj.weight.T)
+    initialization.orthogonal_(attention.q_proj.weight)
+    initialization.copy_(attention.k_proj.weight, attention.q_proj.weight)
 
 
 class LexinvariantModel(LexinvariantPreTrainedModel):
@@ -492,6 +499,9 @@ class LexinvariantModel(LexinvariantPreTrainedModel):
 
     def get_input_embeddings(self):
         return self.embed_tokens
+
+    def set_input_embeddings(self, value):
+        self.embed_tokens = value
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -537,13 +547,14 @@ class LexinvariantModel(LexinvariantPreTrainedModel):
                     num_tables,
                 )
             num_tables = symbols.num_tables
-            inputs_embeds = self.embed_tokens.affine(symbols.rows).to(self.norm.weight.dtype)
+            inputs_embeds = self.embed_tokens(input_ids, rows=symbols.rows).to(self.norm.weight.dtype)
         attention = self._attention_inputs(inputs_embeds, attention_mask, past_key_values, num_tables)
-        hidden_states = inputs_embeds
+        hidden_states, bias = inputs_embeds, None
         for layer in self.layers:
             if layer.self_attn.relative_attention_bias is not None:
-                attention.bias = layer.self_attn.position_bias(*attention.mask.shape[-2:])
-            hidden_states = layer(hidden_states, attention, past_key_values=past_key_values, **kwargs)
+                bias = layer.self_attn.position_bias(*attention.mask.shape[-2:])
+            # By position: gradients of other tensors are lost by checkpointing of the reentrant kind.
+            hidden_states = layer(hidden_states, bias, attention, past_key_values=past_key_values, **kwargs)
         return BaseModelOutputWithPast(
             last_hidden_state=self.dropout(self.norm(hidden_states)), past_key_values=past_key_values
         )
@@ -564,7 +575,7 @@ class LexinvariantModel(LexinvariantPreTrainedModel):
             allowed = allowed & real[:, None]
         mask = torch.zeros_like(allowed, dtype=embeds.dtype).masked_fill_(~allowed, torch.finfo(embeds.dtype).min)
         attends = None if real is None and self.config.attend_self else allowed.any(-1)
-        return AttentionInputs(len(embeds) // num_tables, mask[:, None], attends, real, embeds.new_empty(0))
+        return AttentionInputs(len(embeds) // num_tables, mask[:, None], attends, real)
 
 
 class LexinvariantForCausalLM(LexinvariantPreTrainedModel, GenerationMixin):
