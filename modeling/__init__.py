@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from rarezoo.colbert_xm import ColBERTXMProcessor as ColBERTXMProcessor
     from rarezoo.configs import list_presets as list_presets
     from rarezoo.configs import load_preset as load_preset
+    from rarezoo.lexinvariant import LexinvariantConfig as LexinvariantConfig
+    from rarezoo.lexinvariant import LexinvariantForCausalLM as LexinvariantForCausalLM
+    from rarezoo.lexinvariant import LexinvariantModel as LexinvariantModel
     from rarezoo.mistral_splade import MistralSpladeConfig as MistralSpladeConfig
     from rarezoo.mistral_splade import MistralSpladeForMaskedLM as MistralSpladeForMaskedLM
     from rarezoo.mistral_splade import MistralSpladeForRetrieval as MistralSpladeForRetrieval

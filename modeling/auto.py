@@ -100,6 +100,17 @@ FAMILIES: dict[str, Family] = {
             full_precision_modules=("linear",),
             paper="2402.15059",
         ),
+        Family(
+            name="lexinvariant",
+            title="Lexinvariant LM",
+            summary="Symbols of any vocabulary to the next one, from how they repeat and not from what they are called.",
+            representation="text",
+            config="LexinvariantConfig",
+            base_model="LexinvariantModel",
+            auto_classes={"AutoModel": "LexinvariantModel", "AutoModelForCausalLM": "LexinvariantForCausalLM"},
+            lora_target_modules=("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"),
+            paper="2305.16349",
+        ),
     )
 }
 
