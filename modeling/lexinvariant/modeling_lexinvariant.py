@@ -122,33 +122,14 @@ def resolve_symbols(
         embedding_table, permutations, lex_seeds, num_tables: as in `LexinvariantForCausalLM.forward`.
     """
     config = embedding.config
-    batch, length = input_ids.shape
     check_symbols(input_ids, attention_mask, config.vocab_size)
-    seeds = symbol_seeds(config, batch, lex_seeds, input_ids.device, embedding.training)
-    if num_tables < 1:
-        raise ValueError(f"num_tables must be at least 1; found {num_tables}")
-    if num_tables > 1 and (embedding_table is not None or config.table in ("learned", "canonical")):
-        raise ValueError("num_tables averages over random tables: it goes with seeds, not with a given table")
-    _check_explicit(config, batch, embedding_table, permutations)
-    tables = torch.arange(num_tables, device=seeds.device).repeat(batch)
-    seeds = seeds.repeat_interleave(num_tables)
-    if permutations is not None:
-        permutations = permutations.to(input_ids.device).repeat_interleave(num_tables, dim=0)
+    batch, length = input_ids.shape
     canonical = config.table == "canonical" and embedding_table is None
     by_occurrence = config.table == "orthonormal" and embedding_table is None and config.vocab_size > config.hidden_size
-    table = None
-    if not canonical:
-        drawn = make_table(
-            _gaussian(config) if by_occurrence else config,
-            seeds,
-            tables,
-            learned=embedding.weight,
-            exempt=embedding.exempt_weight,
-            explicit=None if embedding_table is None else embedding_table.to(input_ids.device),
-            permutations=permutations,
-            training=embedding.training and lex_seeds is None,
-        )
-        table = drawn
+    drawn = _gaussian(config) if by_occurrence else config
+    table = resolve_table(
+        embedding, drawn, batch, input_ids.device, embedding_table, permutations, lex_seeds, num_tables
+    )
     repeated = input_ids.repeat_interleave(num_tables, dim=0)
     if not config.is_collapsed:
         assert table is not None
@@ -187,6 +168,41 @@ def resolve_symbols(
     if layer is not None:
         layer.append_history(symbols=met[:, None, start:, None], rows=rows.unflatten(0, (batch, num_tables)))
     return Symbols(table, rows, num_tables, met, first, met_rows, unseen_row)
+
+
+def resolve_table(
+    embedding: SymbolEmbedding,
+    config: LexinvariantConfig,
+    batch: int,
+    device: torch.device,
+    embedding_table: Tensor | None = None,
+    permutations: Tensor | None = None,
+    lex_seeds: Tensor | None = None,
+    num_tables: int = 1,
+) -> Table | None:
+    """Rows of all symbols for a batch, as drawn; None of a canonical table, whose rows follow from what occurs.
+
+    Args:
+        embedding_table, permutations, lex_seeds, num_tables: as in `LexinvariantForCausalLM.forward`.
+    """
+    seeds = symbol_seeds(config, batch, lex_seeds, device, embedding.training)
+    if num_tables < 1:
+        raise ValueError(f"num_tables must be at least 1; found {num_tables}")
+    if num_tables > 1 and (embedding_table is not None or config.table in ("learned", "canonical")):
+        raise ValueError("num_tables averages over random tables: it goes with seeds, not with a given table")
+    _check_explicit(config, batch, embedding_table, permutations)
+    if config.table == "canonical" and embedding_table is None:
+        return None
+    return make_table(
+        config,
+        seeds.repeat_interleave(num_tables),
+        torch.arange(num_tables, device=device).repeat(batch),
+        learned=embedding.weight,
+        exempt=embedding.exempt_weight,
+        explicit=None if embedding_table is None else embedding_table.to(device),
+        permutations=None if permutations is None else permutations.to(device).repeat_interleave(num_tables, dim=0),
+        training=embedding.training and lex_seeds is None,
+    )
 
 
 @torch.no_grad()
@@ -448,6 +464,30 @@ class LexinvariantPreTrainedModel(PreTrainedModel):
         config.validate()
         super().__init__(config, *args, **kwargs)
 
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> SymbolEmbedding:
+        """Change the number of symbols: the configuration, and a table of trained rows where there is one for them.
+
+        Args:
+            new_num_tokens, pad_to_multiple_of, mean_resizing: as in transformers.
+
+        Raises:
+            ValueError: symbols of `config.exempt_token_ids` would be lost.
+        """
+        embedding: SymbolEmbedding = self.get_input_embeddings()
+        if new_num_tokens is None and pad_to_multiple_of is None:
+            return embedding
+        size = self.config.vocab_size if new_num_tokens is None else new_num_tokens
+        size = math.ceil(size / (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
+        if any(number >= size for number in self.config.exempt_token_ids):
+            raise ValueError(f"exempt_token_ids {self.config.exempt_token_ids} do not lie in 0..{size - 1}")
+        if embedding.weight is not None and self.config.table != "canonical":
+            rows = nn.Embedding(*embedding.weight.shape, _weight=embedding.weight)
+            embedding.weight = self._get_resized_embeddings(rows, size, mean_resizing=mean_resizing).weight
+        self.config.vocab_size = size
+        return embedding
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         config = self.config
@@ -532,7 +572,7 @@ class LexinvariantModel(LexinvariantPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, one of the two")
-        if use_cache and past_key_values is None:
+        if use_cache and past_key_values is None and not self.training:
             past_key_values = DynamicCache(config=self.config)
         if inputs_embeds is None:
             if symbols is None:
@@ -642,6 +682,8 @@ class LexinvariantForCausalLM(LexinvariantPreTrainedModel, GenerationMixin):
             attention_mask: (batch, cached + length), 0 at padding, left or right: it is never attended to, never
                 counts as met, and never enters the loss.
             past_key_values: a cache from an earlier call; it also keeps the symbols met so far.
+            inputs_embeds: (batch, length, hidden_size), what `get_input_embeddings()(input_ids, lex_seeds)` gives,
+                instead of `input_ids`; only where unseen logits are sampled.
             labels: (batch, length), usually `input_ids`; shifted inside, -100 where ignored.
             logits_to_keep: how many positions at the end get logits, or which; 0 for all.
             embedding_table: rows of all symbols, (vocab_size, hidden_size) or (batch, vocab_size, hidden_size), instead
@@ -662,20 +704,18 @@ class LexinvariantForCausalLM(LexinvariantPreTrainedModel, GenerationMixin):
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        if input_ids is None:
-            raise ValueError("input_ids are needed: logits are products with the rows of the symbols met")
-        symbols = resolve_symbols(
-            self.model.embed_tokens,
-            input_ids,
-            attention_mask,
-            past_key_values,
-            embedding_table,
-            permutations,
-            lex_seeds,
-            num_tables,
-        )
+        tables = (embedding_table, permutations, lex_seeds, num_tables)
+        embedding = self.model.embed_tokens
+        if inputs_embeds is None:
+            symbols = resolve_symbols(embedding, input_ids, attention_mask, past_key_values, *tables)
+        elif self.config.is_collapsed or num_tables > 1:
+            raise ValueError("input_ids are needed: which symbols occurred, and in how many tables, decides the logits")
+        else:
+            table = resolve_table(embedding, self.config, len(inputs_embeds), inputs_embeds.device, *tables)
+            symbols = Symbols(table, inputs_embeds)
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             symbols=symbols,
