@@ -37,10 +37,10 @@ class InSeededOrder(LogitsProcessor):
 
 
 class BreakTies(LogitsProcessor):
-    """Makes the best `count` scores differ where several are equal: they fall in the order of the seed, each by a little
-    more than `STEP` (by how much, the seed says too, so that sums over several tokens differ as well); all the others
-    that were equal stand below them. Steps are above float32's rounding of a text's score and change it by less than
-    (count + 1) * STEP per token."""
+    """Makes the best `count` scores differ where several are equal: they fall in the order of the seed, each by a
+    little more than `STEP` (by how much, the seed says too, so that sums over several tokens differ as well); all the
+    others that were equal stand below them. Steps are above float32's rounding of a text's score and change it by less
+    than (count + 1) * STEP per token."""
 
     STEP = 2.0**-14
 

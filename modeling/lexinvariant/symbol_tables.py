@@ -1,8 +1,8 @@
 """Tables of symbol rows: what the ids of a sequence mean, from an explicit table, a learned one, or seeds.
 
-A table serves `sequences` = batch * num_tables sequences: those of one batch element with its further tables follow each
-other. It gives rows of chosen symbols and products with the rows of all symbols; tables made from seeds compute both on
-demand, so that nothing of shape (batch, vocab_size, hidden_size) exists.
+A table serves `sequences` = batch * num_tables sequences: the tables of one batch element follow each other. It gives
+rows of chosen symbols and products with the rows of all symbols; tables made from seeds compute both on demand, so that
+nothing of shape (batch, vocab_size, hidden_size) exists.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .symbol_rows import random_permutations, random_rows, uniform_numbers
 
@@ -27,15 +28,19 @@ class StoredTable:
 
     def rows(self, symbols: Tensor) -> Tensor:
         """(sequences, length) -> (sequences, length, hidden_size)"""
-        if self.permutations is not None:
-            symbols = self.permutations.gather(1, symbols)
+        symbols = self.places(symbols)
         if self.weight.dim() == 2:
-            return torch.nn.functional.embedding(symbols, self.weight)
+            return functional.embedding(symbols, self.weight)
         return self.weight.gather(1, symbols[..., None].expand(-1, -1, self.weight.shape[2]))
+
+    def places(self, symbols: Tensor) -> Tensor:
+        """Of which row of the weight a symbol has the numbers: (sequences, length) -> the same"""
+        return symbols if self.permutations is None else self.permutations.gather(1, symbols)
 
     def products(self, hidden: Tensor) -> Tensor:
         """(sequences, length, hidden_size) -> (sequences, length, vocab_size)"""
-        products = hidden @ self.weight.to(hidden.dtype).transpose(-1, -2)
+        weight = self.weight.to(hidden.dtype)
+        products = functional.linear(hidden, weight) if weight.dim() == 2 else hidden @ weight.transpose(1, 2)
         if self.permutations is not None:
             products = products.gather(2, self.permutations[:, None].expand(-1, hidden.shape[1], -1))
         return products
@@ -123,7 +128,7 @@ class ExemptingTable:
     def rows(self, symbols: Tensor) -> Tensor:
         rows = self.table.rows(symbols)
         matches = symbols[..., None] == self.tokens
-        exempt = torch.nn.functional.embedding(matches.long().argmax(-1), self.weight)
+        exempt = functional.embedding(matches.long().argmax(-1), self.weight)
         return torch.where(matches.any(-1)[..., None], exempt.to(rows.dtype), rows)
 
     def products(self, hidden: Tensor) -> Tensor:
@@ -187,7 +192,7 @@ def make_table(
 def orthonormal_rows(rows: Tensor) -> Tensor:
     """Gram-Schmidt: rows (..., n, dim), n <= dim, made orthogonal one after the other, each of length sqrt(dim).
 
-    Of independent normal rows the results are uniform over all orthogonal rows, so no order of the symbols is preferred.
+    Of independent normal rows the results are uniform over all orthogonal rows: no order of the symbols is preferred.
     """
     basis, factors = torch.linalg.qr(rows.transpose(-1, -2))
     signs = factors.diagonal(dim1=-2, dim2=-1).sign()
