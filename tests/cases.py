@@ -30,9 +30,10 @@ class Case:
         inputs: `inputs(auto_class, rows, padding_side)` -> keyword arguments of `forward` for rows of token ids.
         answers: AutoClass -> function of (outputs, inputs) that gives the tensor to compare, without padding: its rows
             are the rows of the batch in order, so that the answers of single rows concatenate to that of the batch.
-        make_processor: builds the family's processor.
+        make_processor: builds the family's processor, where it has one.
+        embed: function of (input embeddings, inputs) that gives what `input_ids` become.
         variants: further configuration fields under which attention must be right.
-        vocabulary_head: whether the heads give one number per vocabulary entry.
+        vocabulary_head: whether the heads end in a matrix over the vocabulary.
         trained: whether a parameter of that name gets a gradient from `inputs`.
         suite_config: fields for transformers' own common tests, which expect its usual initialization.
         quantization_config: fields that give the widths which 4-bit layers need (multiples of 64).
@@ -44,7 +45,10 @@ class Case:
     heads: dict[str, str]
     inputs: Callable[[str, list[torch.Tensor], str], dict[str, torch.Tensor]]
     answers: dict[str, Callable[[Any, dict[str, torch.Tensor]], torch.Tensor]]
-    make_processor: Callable[[], Any]
+    make_processor: Callable[[], Any] | None = None
+    embed: Callable[[Any, dict[str, torch.Tensor]], torch.Tensor] = lambda embeddings, inputs: embeddings(
+        inputs["input_ids"]
+    )
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
     vocabulary_head: bool = True
     trained: Callable[[str], bool] = lambda name: True
@@ -101,6 +105,15 @@ def several_languages(auto_class: str, rows: list[torch.Tensor], padding_side: s
         "attention_mask": pad([torch.ones_like(row) for row in rows], padding_side),
         "keep_mask": pad([(row % 3 != 0).long() for row in rows], padding_side),
         "lang_ids": torch.tensor([len(row) // 3 for row in rows]),
+    }
+
+
+def seeded_by_row(auto_class: str, rows: list[torch.Tensor], padding_side: str) -> dict[str, torch.Tensor]:
+    """Token ids, masks, and for every row a seed that depends on nothing but the row."""
+    return {
+        "input_ids": pad(rows, padding_side),
+        "attention_mask": pad([torch.ones_like(row) for row in rows], padding_side),
+        "lex_seeds": torch.stack([row.sum() for row in rows]),
     }
 
 
@@ -206,6 +219,59 @@ CASES = {
                 (dict(similarity="dot"), "similarity must be one of cosine, l2; found 'dot'"),
                 (dict(hidden_size=30), r"hidden_size \(30\) must be a multiple of num_attention_heads \(4\)"),
                 (dict(is_decoder=True), "is_decoder and add_cross_attention must be False"),
+            ),
+        ),
+        Case(
+            family="lexinvariant",
+            config=dict(
+                vocab_size=160,
+                hidden_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                head_dim=12,
+                intermediate_size=37,
+                initializer_range=0.2,
+                pad_token_id=0,
+            ),
+            heads={"AutoModel": "LexinvariantModel", "AutoModelForCausalLM": "LexinvariantForCausalLM"},
+            inputs=seeded_by_row,
+            answers={
+                "AutoModel": lambda outputs, inputs: outputs.last_hidden_state[inputs["attention_mask"].bool()],
+                "AutoModelForCausalLM": lambda outputs, inputs: outputs.logits[inputs["attention_mask"].bool()],
+            },
+            embed=lambda embeddings, inputs: embeddings(inputs["input_ids"], inputs["lex_seeds"]),
+            variants={
+                "gaussian": dict(),
+                "collapsed": dict(unseen_logits="collapsed"),
+                "exempt": dict(unseen_logits="collapsed", exempt_token_ids=[1, 7, 90]),
+                "exempt_sampled": dict(exempt_token_ids=[1, 7, 90]),
+                "orthonormal": dict(table="orthonormal", unseen_logits="collapsed"),
+                "canonical": dict(table="canonical", canonical_size=32),
+                "canonical_learned": dict(table="canonical", canonical_size=32, learned_table=True),
+                "permuted": dict(table="permuted"),
+                "permuted_learned": dict(table="permuted", learned_table=True),
+                "learned": dict(table="learned"),
+                "mixed": dict(table="mixed", randomize_prob=0.5),
+                "subset_permuted": dict(table="subset_permuted", randomize_prob=0.5),
+                "strict": dict(attend_self=False),
+                "t5": dict(qk_norm=False, relative_attention_bias_shared=True, embedding_affine="scalar"),
+                "key_smear": dict(key_smear=True, unseen_logits="collapsed"),
+            },
+            vocabulary_head=False,
+            quantization_config=dict(hidden_size=64, head_dim=16, intermediate_size=128),
+            faulty_configs=(
+                (dict(table=3), "'table' expected str, got int"),
+                (dict(vocab_size="130"), "'vocab_size' expected int, got str"),
+                (dict(table="normal"), "table must be one of gaussian, orthonormal, .*; found 'normal'"),
+                (dict(unseen_logits="none"), "unseen_logits must be one of sampled, collapsed; found 'none'"),
+                (dict(embedding_affine="matrix"), "embedding_affine must be one of vector, scalar, none"),
+                (dict(canonical_size=0), "canonical_size must be at least 1; found 0"),
+                (dict(randomize_prob=1.5), r"randomize_prob must lie in 0\.\.1; found 1.5"),
+                (dict(table="learned", unseen_logits="collapsed"), "unseen_logits='collapsed' needs a table of"),
+                (dict(table="orthonormal"), r"no more than hidden_size \(32\) rows are orthogonal"),
+                (dict(exempt_token_ids=[160]), r"exempt_token_ids must be different numbers in 0\.\.159"),
+                (dict(table="mixed", exempt_token_ids=[1]), "exempt_token_ids is for random rows"),
+                (dict(relative_attention_max_distance=16), "relative_attention_max_distance must be more than half"),
             ),
         ),
     )

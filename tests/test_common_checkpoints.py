@@ -76,7 +76,10 @@ def test_every_head_reads_every_heads_checkpoint(family, tmp_path):
         for auto_class in case.heads:
             loaded, report = auto(auto_class).from_pretrained(tmp_path / saved_by, output_loading_info=True)
             assert not any(report.values()), report
-            assert_same_weights(model, loaded)
+            if FAMILIES[family].base_model in (case.heads[saved_by], case.heads[auto_class]):
+                assert_same_weights(model.base_model, loaded.base_model)
+            else:
+                assert_same_weights(model, loaded)
 
 
 @pytest.mark.parametrize("family", CASES)
@@ -107,7 +110,9 @@ def test_auto_map_is_complete(head, tmp_path):
     family = FAMILIES[case.family]
     case.build(auto_class).save_pretrained(tmp_path)
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
-    expected = {"AutoConfig": family.config, "AutoProcessor": family.processor, **case.heads}
+    expected = {"AutoConfig": family.config, **case.heads}
+    if family.processor:
+        expected["AutoProcessor"] = family.processor
     assert {name: reference.split(".")[1] for name, reference in auto_map.items()} == expected
     if family.processor:
         case.make_processor().save_pretrained(tmp_path)
@@ -163,7 +168,8 @@ def test_pickle_and_deep_copy(head):
         assert type(twin) is type(model)
         assert_same_weights(model, twin)
         assert torch.equal(case.answer(twin, auto_class, inputs), expected)
-    copy.deepcopy(model).get_input_embeddings().weight.zero_()
+    for parameter in copy.deepcopy(model).parameters():
+        parameter.zero_()
     assert torch.equal(case.answer(model, auto_class, inputs), expected)
     outputs = model(**inputs)
     assert pickle.loads(pickle.dumps(outputs)).keys() == outputs.keys()

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from rarezoo.auto import FAMILIES
+
 from .cases import CASES, DEVICE, HEADS, VARIANTS, VOCABULARY_HEADS, auto
 
 TOLERANCE = 1e-5
@@ -72,7 +74,8 @@ def test_embeddings_instead_of_ids(head):
     case, auto_class = head
     model, inputs = case.build(auto_class), case.batch(auto_class)
     expected = case.answer(model, auto_class, inputs)
-    inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids"))
+    inputs["inputs_embeds"] = case.embed(model.get_input_embeddings(), inputs)
+    del inputs["input_ids"]
     assert torch.equal(case.answer(model, auto_class, inputs), expected)
 
 
@@ -116,7 +119,8 @@ def test_gradient_checkpointing(head, use_reentrant):
     found = gradients(case, auto_class, model, inputs)
     assert len(runs) == 2 * len(layers)  # once forward, once again for the backward pass
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-5, msg=name)
+        largest = max(1.0, gradient.abs().max().item())
+        torch.testing.assert_close(found[name], gradient, atol=1e-6 * largest, rtol=1e-5, msg=name)
 
 
 def test_no_dropout_of_its_own_in_training(head):
@@ -124,7 +128,8 @@ def test_no_dropout_of_its_own_in_training(head):
     case, auto_class = head
     model, inputs = case.build(auto_class), case.batch(auto_class)
     expected = case.answer(model, auto_class, inputs)
-    assert torch.equal(case.answer(model.train(), auto_class, inputs), expected)
+    # Not to the bit: language models keep no cache while training, and kernels round by how tensors lie in memory.
+    assert_close(case.answer(model.train(), auto_class, inputs), expected)
 
 
 @torch.no_grad()
@@ -137,13 +142,15 @@ def test_resized_vocabulary(head, tmp_path):
     for new_size in (size + 9, size - 10):
         model.resize_token_embeddings(new_size)
         assert model.config.vocab_size == new_size
-        assert model.get_input_embeddings().weight.shape[0] == new_size
+        stored = getattr(model.get_input_embeddings(), "weight", None)
+        assert stored is None or stored.shape[0] == new_size
         inputs["input_ids"] = inputs["input_ids"].clamp(max=new_size - 1)
         found = case.answer(model, auto_class, inputs)
         if model.get_output_embeddings() is not None:
             assert model.get_output_embeddings().weight.shape[0] == found.shape[-1] == new_size
         if new_size > size:
             assert torch.equal(found[..., : expected.shape[-1]], expected)
+            assert found.shape[-1] in (expected.shape[-1], new_size)
         model.save_pretrained(tmp_path / str(new_size))
         loaded = auto(auto_class).from_pretrained(tmp_path / str(new_size)).to(DEVICE)
         assert torch.equal(case.answer(loaded, auto_class, inputs), found)
@@ -177,7 +184,8 @@ def test_flags_of_the_model_class(head):
     case, auto_class = head
     model = case.build(auto_class)
     assert model.supports_gradient_checkpointing and model._supports_sdpa
-    assert model.base_model is not model and model.base_model_prefix in dict(model.named_children())
+    if case.heads[auto_class] != FAMILIES[case.family].base_model:
+        assert model.base_model is not model and model.base_model_prefix in dict(model.named_children())
     for module_class in model._no_split_modules:
         assert module_class in {type(module).__name__ for module in model.modules()}
     assert model.config.architectures == [case.heads[auto_class]] or model.config.architectures is None
