@@ -66,20 +66,22 @@ class _Symbols:
 
     def different(self, count: int, without: Collection[int] = ()) -> list[int]:
         """`count` different symbols, none of those `without`."""
-        if count + len(without) > self.available:
-            raise ValueError(f"the task needs {count + len(without)} different symbols; there are {self.available}")
-        # Drawn one after the other, those not wanted passed over: the order of what is left is as likely as any.
+        without = self._own(without)
         total, drawn = count + len(without), dict[int, None]()
+        if total > self.available:
+            raise ValueError(f"the task needs {total} different symbols; there are {self.available}")
+        # Drawn one after the other, those not wanted passed over: the order of what is left is as likely as any.
         if self.weights is not None:
             drawn = dict.fromkeys(self._by_weight(count, without, replacement=False))
         elif self.size <= _SHUFFLED_WHOLE:
             drawn = dict.fromkeys(torch.randperm(self.size, generator=self.generator)[:total].tolist())
-        while len(drawn) < count:
+        while self.weights is None and len(drawn) < total:
             drawn.update(dict.fromkeys(torch.randint(self.size, (total,), generator=self.generator).tolist()))
         return [symbol for symbol in (self.ids[place] for place in drawn) if symbol not in without][:count]
 
     def any(self, count: int, without: Collection[int]) -> list[int]:
         """`count` symbols, equal or not, none of those `without`."""
+        without = self._own(without)
         if self.available <= len(without):
             raise ValueError(f"the task needs {len(without) + 1} different symbols; there are {self.available}")
         if self.weights is not None:
@@ -90,9 +92,12 @@ class _Symbols:
             drawn += [self.ids[place] for place in places if self.ids[place] not in without]
         return drawn[:count]
 
+    def _own(self, ids: Collection[int]) -> list[int]:
+        return [symbol for symbol in ids if symbol in self.ids]
+
     def _by_weight(self, count: int, without: Collection[int], replacement: bool) -> list[int]:
         weights = self.weights.clone()
-        weights[[self.ids.index(symbol) for symbol in without if symbol in self.ids]] = 0
+        weights[[self.ids.index(symbol) for symbol in without]] = 0
         return torch.multinomial(weights, count, replacement, generator=self.generator).tolist()
 
     def number(self, span: int | tuple[int, int], what: str) -> int:
@@ -110,21 +115,21 @@ class _Symbols:
         given = {mark for mark in (arrow_id, newline_id) if mark is not None}
         if arrow_id is not None and arrow_id == newline_id:
             raise ValueError(f"arrow_id and newline_id must be different; found {arrow_id} for both")
-        drawn = iter(self.different(2 - len(given), [mark for mark in given if mark in self.ids]))
+        drawn = iter(self.different(2 - len(given), given))
         return [next(drawn) if mark is None else mark for mark in (arrow_id, newline_id)]
 
-    def task(self, lines: list[tuple[list[int], list[int]]], marks: list[int], rule: tuple[int, ...]) -> SymbolicTask:
-        """The last line is the question; its right side is the answer."""
+    def task(self, lines: list[tuple[list[int], list[int]]], marks: list[int], rule, arrow: bool = True):
+        """The `SymbolicTask` of which the last line is the question, and its right side the answer."""
         *shown, (query, answer) = lines
         if self.is_text:
             spaced = [(" ".join(map(chr, left)), " ".join(map(chr, right))) for left, right in lines]
-            text = "\n".join(f"{left}->{right}" for left, right in spaced)
+            text = "\n".join(f"{left}->{right}" if arrow else left + right for left, right in spaced)
             answer_text = spaced[-1][1]
             prompt = text[: len(text) - len(answer_text)]
             return SymbolicTask([ord(c) for c in prompt], [ord(c) for c in answer_text], prompt, answer_text, rule)
-        arrow, newline = marks
-        ids = [symbol for left, right in shown for symbol in (*left, arrow, *right, newline)]
-        return SymbolicTask([*ids, *query, arrow], answer, rule=rule)
+        between, newline = [marks[0]] if arrow else [], marks[1]
+        ids = [symbol for left, right in shown for symbol in (*left, *between, *right, newline)]
+        return SymbolicTask([*ids, *query, *between], answer, rule=rule)
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------
@@ -136,6 +141,7 @@ def make_lookup(
     symbols: str | int | Sequence[int] = PRINTABLE,
     pairs: int | tuple[int, int] = (3, 10),
     frequencies: Tensor | None = None,
+    arrow: bool = True,
     arrow_id: int | None = None,
     newline_id: int | None = None,
     generator: torch.Generator | None = None,
@@ -149,6 +155,7 @@ def make_lookup(
         symbols: characters, for prompts of text; ids, or the number of ids 0, 1, ..., for prompts of ids.
         pairs: number of pairs, or the first and last of a range.
         frequencies: (symbols,), in any unit (table 2 of the paper); without them all symbols are alike (table 1).
+        arrow: whether there is one; without it small models learn the task in seconds, as a value follows its key.
         arrow_id, newline_id: for prompts of ids; by default new ones are drawn for every prompt.
         generator: of all that is random.
 
@@ -159,11 +166,11 @@ def make_lookup(
     tasks = []
     for _ in range(count):
         marks = source.marks(arrow_id, newline_id)
-        keys = source.different(source.number(pairs, "pairs"), _among(source, marks))
-        values = source.any(len(keys), _among(source, [*marks, *keys]))
+        keys = source.different(source.number(pairs, "pairs"), marks)
+        values = source.any(len(keys), [*marks, *keys])
         asked = int(torch.randint(len(keys), (), generator=generator))
         order = [*range(len(keys)), asked]
-        tasks.append(source.task([([keys[i]], [values[i]]) for i in order], marks, (asked,)))
+        tasks.append(source.task([([keys[i]], [values[i]]) for i in order], marks, (asked,), arrow))
     return tasks
 
 
@@ -197,14 +204,9 @@ def make_permutation(
         size, shown = source.number(length, "length"), source.number(demonstrations, "demonstrations")
         taken = source.number((1, size), "length")
         rule = torch.randperm(size, generator=generator)[:taken].tolist()
-        lines = [source.different(size, _among(source, marks)) for _ in range(shown + 1)]
+        lines = [source.different(size, marks) for _ in range(shown + 1)]
         tasks.append(source.task([(line, [line[place] for place in rule]) for line in lines], marks, tuple(rule)))
     return tasks
-
-
-def _among(source: _Symbols, ids: list[int]) -> list[int]:
-    """Those that the source may draw."""
-    return [symbol for symbol in ids if symbol in source.ids]
 
 
 def task_batch(tasks: Sequence[SymbolicTask], pad_token_id: int = 0) -> dict[str, Tensor]:
