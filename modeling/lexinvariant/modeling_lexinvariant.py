@@ -28,9 +28,10 @@ from transformers.utils.output_capturing import capture_outputs
 from .collapsed_readout import CollapsedDistribution
 from .configuration_lexinvariant import LexinvariantConfig
 from .equal_scores import CUTTING_WARPERS, BreakTies, InSeededOrder
+from .linear_cross_entropy import linear_cross_entropy
 from .symbol_history import NO_SYMBOL, first_positions, history_layer, new_symbols
 from .symbol_rows import random_rows
-from .symbol_tables import Table, make_table, orthonormal_rows
+from .symbol_tables import StoredTable, Table, make_table, orthonormal_rows
 
 
 @dataclass
@@ -674,6 +675,7 @@ class LexinvariantForCausalLM(LexinvariantPreTrainedModel, GenerationMixin):
         lex_seeds: Tensor | None = None,
         num_tables: int = 1,
         skip_logits: bool | None = None,
+        shift_labels: Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """
@@ -693,6 +695,8 @@ class LexinvariantForCausalLM(LexinvariantPreTrainedModel, GenerationMixin):
                 `config.eval_seed` for all in evaluation.
             num_tables: number of tables over which probabilities are averaged (arXiv 2305.16349, formula 5).
             skip_logits: whether to compute the loss only; by default, while training with labels.
+            shift_labels: (batch, length), instead of what `labels` say: labels that stand where they are predicted, as
+                training on parts of sequences gives them.
 
         Returns:
             loss: mean over pairs of real tokens. logits: (batch, length, vocab_size) float32; with num_tables above 1,
@@ -726,9 +730,12 @@ class LexinvariantForCausalLM(LexinvariantPreTrainedModel, GenerationMixin):
         length = hidden.shape[1]
         loss = logits = None
         if labels is not None:
-            losses, counted = self._token_losses(hidden, symbols, input_ids, attention_mask, labels)
+            targets, counted = self._targets(labels, shift_labels, attention_mask)
             items = kwargs.get("num_items_in_batch")
-            loss = losses.sum() / (counted.sum() if items is None else items)
+            importance = counted / (counted.sum() if items is None else items)
+            loss = self._loss(
+                hidden[:, : targets.shape[1]], symbols, targets, importance, keeps_products=not skip_logits
+            )
         if not skip_logits:
             positions = torch.arange(length, device=hidden.device)
             kept = positions[-logits_to_keep:] if isinstance(logits_to_keep, int) else positions[logits_to_keep]
@@ -756,7 +763,8 @@ class LexinvariantForCausalLM(LexinvariantPreTrainedModel, GenerationMixin):
         hidden = self.model(
             input_ids=input_ids, attention_mask=attention_mask, symbols=symbols, use_cache=False
         ).last_hidden_state
-        return self._token_losses(hidden, symbols, input_ids, attention_mask, input_ids)
+        targets, counted = self._targets(input_ids, None, attention_mask)
+        return self._token_losses(hidden[:, :-1], symbols, targets).masked_fill(~counted, 0.0), counted
 
     def _scale(self) -> float:
         return self.config.hidden_size**-0.5 if self.config.logit_scale == "rsqrt_hidden" else 1.0
@@ -769,20 +777,38 @@ class LexinvariantForCausalLM(LexinvariantPreTrainedModel, GenerationMixin):
             logits = self._collapsed(hidden, symbols, positions).full_logits()
         return _averaged(logits, symbols.num_tables) if symbols.num_tables > 1 else logits
 
-    def _token_losses(self, hidden, symbols: Symbols, input_ids, attention_mask, labels) -> tuple[Tensor, Tensor]:
-        """Negative log-likelihoods (batch, length - 1) of the following symbols, 0 where they do not count, and where
-        they count."""
-        length = labels.shape[1]
-        counted = labels[:, 1:] != -100
+    def _targets(self, labels: Tensor, shift_labels: Tensor | None, attention_mask: Tensor | None):
+        """What is predicted at the first positions, (batch, length - 1), and where it counts; of `shift_labels`, at all
+        positions."""
+        targets = labels[:, 1:] if shift_labels is None else shift_labels
+        counted = targets != -100
         if attention_mask is not None:
-            real = attention_mask[:, -length:].bool()
-            counted = counted & real[:, 1:] & real[:, :-1]
-        targets = labels[:, 1:].masked_fill(~counted, 0)
-        if targets.numel() and not torch.compiler.is_compiling() and int(targets.max()) >= self.config.vocab_size:
-            raise ValueError(f"labels must lie in 0..{self.config.vocab_size - 1}; found {int(targets.max())}")
+            real = attention_mask[:, -labels.shape[1] :].bool()
+            counted = counted & real[:, : targets.shape[1]]
+            if shift_labels is None:
+                counted = counted & real[:, 1:]
+        targets = targets.masked_fill(~counted, 0)
+        if targets.numel() and not torch.compiler.is_compiling():
+            low, high = targets.aminmax()
+            if low < 0 or high >= self.config.vocab_size:
+                found = int(low if low < 0 else high)
+                raise ValueError(f"labels must lie in 0..{self.config.vocab_size - 1} or be -100; found {found}")
+        return targets, counted
+
+    def _loss(self, hidden: Tensor, symbols: Symbols, targets: Tensor, importance: Tensor, keeps_products: bool):
+        """Sum of negative log-likelihoods times importance (batch, length)."""
+        table = symbols.table
+        shared = isinstance(table, StoredTable) and table.weight.dim() == 2 and symbols.num_tables == 1
+        if keeps_products or symbols.met is not None or not shared:
+            return (self._token_losses(hidden, symbols, targets) * importance).sum()
+        weight, places = table.weight.to(hidden.dtype), table.places(targets)
+        return linear_cross_entropy(hidden.flatten(0, 1), weight, places.flatten(), importance.flatten(), self._scale())
+
+    def _token_losses(self, hidden: Tensor, symbols: Symbols, targets: Tensor) -> Tensor:
+        """Negative log-likelihoods (batch, length) of `targets` (batch, length) under hidden states (sequences, length,
+        hidden_size) of the first positions."""
         targets = targets.repeat_interleave(symbols.num_tables, dim=0)
-        positions = torch.arange(length - 1, device=hidden.device)
-        hidden = hidden[:, :-1]
+        positions = torch.arange(targets.shape[1], device=hidden.device)
         if symbols.met is None:
             logits = symbols.table.products(hidden).float() * self._scale()
             losses = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
@@ -793,7 +819,7 @@ class LexinvariantForCausalLM(LexinvariantPreTrainedModel, GenerationMixin):
         if symbols.num_tables > 1:
             several = losses.unflatten(0, (-1, symbols.num_tables))
             losses = math.log(symbols.num_tables) - (-several).logsumexp(1)
-        return losses.masked_fill(~counted, 0.0), counted
+        return losses
 
     def _collapsed(self, hidden: Tensor, symbols: Symbols, positions: Tensor) -> CollapsedDistribution:
         """Distributions at `positions` of the new tokens; hidden (sequences, positions, hidden_size)."""
