@@ -605,7 +605,7 @@ class LexinvariantModel(LexinvariantPreTrainedModel):
         total = length + (cache.get_seq_length() if cache is not None else 0)
         if attention_mask is not None and attention_mask.shape[1] != total:
             raise ValueError(
-                f"attention_mask must cover {total} tokens, those in the cache included; found {attention_mask.shape[1]}"
+                f"attention_mask must cover {total} tokens, with those in the cache; found {attention_mask.shape[1]}"
             )
         here = torch.arange(total - length, total, device=device)[:, None]
         allowed = torch.arange(total, device=device) <= (here if self.config.attend_self else here - 1)
@@ -843,8 +843,8 @@ class LexinvariantForCausalLM(LexinvariantPreTrainedModel, GenerationMixin):
         return CollapsedDistribution(logits, unseen, met, first, seen, config.vocab_size)
 
     def _outside_variance(self, squared: Tensor, products: Tensor, seen: Tensor) -> Tensor:
-        """Of products with a row that is orthogonal to all that were seen: what of |h|^2 lies outside their span, shared
-        by the dimensions that are left."""
+        """Of products with a row that is orthogonal to all that were seen: what of |h|^2 lies outside their span,
+        shared by the dimensions that are left."""
         dim = self.config.hidden_size
         count = seen.sum(-1)
         inside = (products.square() * seen).sum(-1) / dim
