@@ -98,7 +98,7 @@ class _Symbols:
     def _by_weight(self, count: int, without: Collection[int], replacement: bool) -> list[int]:
         weights = self.weights.clone()
         weights[[self.ids.index(symbol) for symbol in without]] = 0
-        return torch.multinomial(weights, count, replacement, generator=self.generator).tolist()
+        return torch.multinomial(weights, count, replacement, generator=self.generator).tolist() if count else []
 
     def number(self, span: int | tuple[int, int], what: str) -> int:
         first, last = (span, span) if isinstance(span, int) else span
