@@ -150,7 +150,9 @@ def resolve_symbols(
     if canonical:
         ranks = (new_symbols(met, first).cumsum(1) - 1).gather(1, first)
         ranks = ranks.masked_fill(met == NO_SYMBOL, 0)
-        if int(ranks.max()) >= config.canonical_size:
+        if torch.compiler.is_compiling():
+            torch._assert_async(ranks.max() < config.canonical_size, "more different symbols than canonical_size")
+        elif int(ranks.max()) >= config.canonical_size:
             raise ValueError(
                 f"a sequence holds {int(ranks.max()) + 1} different symbols, but canonical_size is "
                 f"{config.canonical_size}"

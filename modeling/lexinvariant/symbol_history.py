@@ -92,7 +92,7 @@ def history_layer(cache: Cache) -> HistoryLayer:
             )
         if layer.get_seq_length():
             raise ValueError("past_key_values was filled by another model: it holds no history of symbols")
-        layer.__class__ = HistoryLayer
+        layer = cache.layers[0] = HistoryLayer()
     if not hasattr(layer, "history"):
         layer.history = {}
     return layer

@@ -67,26 +67,27 @@ def random_rows(seeds: Tensor, tokens: Tensor, dim: int, tables: Tensor | int = 
     states = row_states(seeds, tokens, tables)
     offsets = _G * torch.arange(1, (dim + 1) // 2 + 1, device=states.device)
     flat = states.flatten()
-    # On a CPU, intermediate results stay in its cache: three times as fast. Nothing else has to wait for one.
-    chunk = max(1, _CHUNK_PAIRS // len(offsets)) if states.device.type == "cpu" else max(1, len(flat))
-    rows = torch.empty(len(flat), len(offsets), 2, device=states.device)
     if torch.compiler.is_compiling():
-        _write_normal_numbers(flat, offsets, rows)
+        radius, angle = _radius_and_angle(flat, offsets)
+        rows = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1)
     else:
+        # On a CPU, intermediate results stay in its cache: three times as fast. Nothing else has to wait for one.
+        chunk = max(1, _CHUNK_PAIRS // len(offsets)) if states.device.type == "cpu" else max(1, len(flat))
+        rows = torch.empty(len(flat), len(offsets), 2, device=states.device)
         for part, part_of_rows in zip(flat.split(chunk), rows.split(chunk)):
-            _write_normal_numbers(part, offsets, part_of_rows)
+            radius, angle = _radius_and_angle(part, offsets)
+            torch.mul(radius, angle.cos(), out=part_of_rows[..., 0])
+            torch.mul(radius, angle.sin_(), out=part_of_rows[..., 1])
     return rows.view(*states.shape, 2 * len(offsets))[..., :dim]
 
 
-def _write_normal_numbers(states: Tensor, offsets: Tensor, rows: Tensor) -> None:
-    """Pairs of normal numbers (Box and Muller): states (n,), offsets (pairs,), rows (n, pairs, 2), written to."""
+def _radius_and_angle(states: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """Of pairs of normal numbers (Box and Muller): states (n,), offsets (pairs,) -> two tensors (n, pairs)."""
     bits = _mix_(states[:, None] + offsets)
     # The upper 24 bits of both halves of each state, the lower half first as memory has it.
     halves = bits.view(torch.int32).view(*bits.shape, 2).bitwise_right_shift_(8).bitwise_and_(0xFFFFFF).float()
     radius = halves[..., 1].add(1).mul_(2.0**-24).log_().mul_(-2).sqrt_()
-    angle = halves[..., 0] * (2 * math.pi * 2.0**-24)
-    torch.mul(radius, angle.cos(), out=rows[..., 0])
-    torch.mul(radius, angle.sin_(), out=rows[..., 1])
+    return radius, halves[..., 0] * (2 * math.pi * 2.0**-24)
 
 
 def uniform_numbers(seeds: Tensor, tokens: Tensor, tables: Tensor | int = 0) -> Tensor:
