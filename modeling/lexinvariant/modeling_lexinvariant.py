@@ -29,7 +29,7 @@ from .collapsed_readout import CollapsedDistribution
 from .configuration_lexinvariant import LexinvariantConfig
 from .equal_scores import CUTTING_WARPERS, BreakTies, InSeededOrder
 from .linear_cross_entropy import linear_cross_entropy
-from .symbol_history import NO_SYMBOL, first_positions, history_layer, new_symbols
+from .symbol_history import NO_SYMBOL, check_cache, first_positions, history_layer, new_symbols
 from .symbol_rows import random_rows
 from .symbol_tables import StoredTable, Table, make_table, orthonormal_rows
 
@@ -577,6 +577,7 @@ class LexinvariantModel(LexinvariantPreTrainedModel):
             raise ValueError("give input_ids or inputs_embeds, one of the two")
         if use_cache and past_key_values is None and not self.training:
             past_key_values = DynamicCache(config=self.config)
+        check_cache(past_key_values)
         if inputs_embeds is None:
             if symbols is None:
                 symbols = resolve_symbols(
@@ -710,6 +711,7 @@ class LexinvariantForCausalLM(LexinvariantPreTrainedModel, GenerationMixin):
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        check_cache(past_key_values)
         tables = (embedding_table, permutations, lex_seeds, num_tables)
         embedding = self.model.embed_tokens
         if inputs_embeds is None:

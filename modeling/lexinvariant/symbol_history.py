@@ -75,6 +75,15 @@ class HistoryLayer(DynamicLayer):
         self._change(lambda tensor: tensor.index_select(0, indices.to(tensor.device)))
 
 
+def check_cache(cache: Cache | None) -> None:
+    """Raises ValueError for a cache of fixed size."""
+    if cache is not None and cache.is_compileable:
+        raise ValueError(
+            f"past_key_values must be a DynamicCache; found a {type(cache).__name__} of fixed size: leave "
+            "cache_implementation unset"
+        )
+
+
 def history_layer(cache: Cache) -> HistoryLayer:
     """The first layer of a cache, made able to hold the history.
 
