@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from rarezoo.lexinvariant import LexinvariantConfig, LexinvariantForCausalLM, alpha_covariance, position_curve
 from rarezoo.lexinvariant.collapsed_readout import CollapsedDistribution
-from rarezoo.lexinvariant.evaluation import random_relabelling
+from rarezoo.lexinvariant.evaluation import greedy_continuation, random_relabelling
 
 FIXTURES = Path(__file__).parent / "fixtures" / "lexinvariant"
 VOCAB = 23
@@ -187,8 +187,16 @@ def test_bad_curves():
 @pytest.mark.parametrize("max_new_tokens", [0, 1, 8])
 def test_canonical_tables_are_invariant_bit_for_bit(fields, max_new_tokens):
     model = small_model(table="canonical", **fields)
-    prompts = symbols(1 if max_new_tokens else 2, 14)
+    with torch.no_grad():  # continuations that change, with symbols that are new
+        model.model.norm.weight.neg_()
+        if model.config.learned_table:
+            model.model.embed_tokens.weight[-1] *= 6
+    prompts = symbols(1, 6) if max_new_tokens else symbols(2, 14)
     assert alpha_covariance(model, prompts, 100, max_new_tokens=max_new_tokens, generator=seeded()) == 1.0
+    if max_new_tokens > 1:
+        continuation = set(greedy_continuation(model.eval(), prompts, max_new_tokens)[0].tolist())
+        assert len(continuation) > 1
+        assert not model.config.learned_table or continuation - set(prompts[0].tolist())
 
 
 def test_ordinary_and_random_tables_are_not():
