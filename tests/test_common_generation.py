@@ -1,8 +1,8 @@
 """What transformers' own generation tests expect of a causal language model, for every family that generates.
 
 Their file is not among the sources that transformers publishes, so the expectations are written out here: strategies,
-outputs, caches, padding and the arguments that `generate` passes on. `tests/test_lexinvariant_generation.py` has what is
-the family's own.
+outputs, caches, padding and the arguments that `generate` passes on. `tests/test_lexinvariant_generation.py` has what
+is the family's own.
 """
 
 import copy
