@@ -86,11 +86,12 @@ MODELS = {
 
 
 @pytest.mark.parametrize("average", ["loss", "perplexity"])
-@pytest.mark.parametrize("side", [None, "left", "right"])
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    ("kind", "side"),
+    # GPT-2 has absolute positions: padded on the left, it reads another text.
+    [(kind, side) for kind in MODELS for side in (None, "left", "right") if (kind, side) != ("gpt2", "left")],
+)
 def test_curve_is_that_of_a_loop(kind, side, average):
-    if kind == "gpt2" and side == "left":
-        pytest.skip("GPT-2 has absolute positions")
     model, window = MODELS[kind](), 6
     texts = [row[:length] for row, length in zip(symbols(5, 20), (20, 17, 20, 9, 20) if side else [20] * 5)]
     ids, mask = torch.full((5, 20), 3), torch.zeros(5, 20, dtype=torch.int64)
@@ -184,7 +185,7 @@ def test_bad_curves():
 
 
 @pytest.mark.parametrize("fields", [{}, {"learned_table": True, "key_smear": True}, {"exempt_token_ids": [2, 5]}])
-@pytest.mark.parametrize("max_new_tokens", [0, 1, 8])
+@pytest.mark.parametrize("max_new_tokens", [0, 1, 6])
 def test_canonical_tables_are_invariant_bit_for_bit(fields, max_new_tokens):
     model = small_model(table="canonical", **fields)
     with torch.no_grad():  # continuations that change, with symbols that are new
@@ -192,7 +193,10 @@ def test_canonical_tables_are_invariant_bit_for_bit(fields, max_new_tokens):
         if model.config.learned_table:
             model.model.embed_tokens.weight[-1] *= 6
     prompts = symbols(1, 6) if max_new_tokens else symbols(2, 14)
-    assert alpha_covariance(model, prompts, 100, max_new_tokens=max_new_tokens, generator=seeded()) == 1.0
+    # Tokens, unlike bits, may come from a batch.
+    batch = 1 if max_new_tokens < 2 or model.config.learned_table else 20
+    found = alpha_covariance(model, prompts, 100, max_new_tokens=max_new_tokens, batch_size=batch, generator=seeded())
+    assert found == 1.0
     if max_new_tokens > 1:
         continuation = set(greedy_continuation(model.eval(), prompts, max_new_tokens)[0].tolist())
         assert len(continuation) > 1
