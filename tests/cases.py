@@ -35,7 +35,9 @@ class Case:
         variants: further configuration fields under which attention must be right.
         vocabulary_head: whether the heads end in a matrix over the vocabulary.
         trained: whether a parameter of that name gets a gradient from `inputs`.
-        suite_config: fields for transformers' own common tests, which expect its usual initialization.
+        suite_configs: part of a name -> fields for transformers' own common tests, which expect its usual
+            initialization.
+        suite_skips: the same part -> those of them that cannot apply, with the reason.
         quantization_config: fields that give the widths which 4-bit layers need (multiples of 64).
         faulty_configs: configuration fields that must be refused, with a pattern of the message.
     """
@@ -52,7 +54,8 @@ class Case:
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
     vocabulary_head: bool = True
     trained: Callable[[str], bool] = lambda name: True
-    suite_config: dict[str, Any] = field(default_factory=dict)
+    suite_configs: dict[str, dict[str, Any]] = field(default_factory=lambda: {"": {}})
+    suite_skips: dict[str, dict[str, str]] = field(default_factory=dict)
     quantization_config: dict[str, Any] = field(default_factory=dict)
     faulty_configs: tuple[tuple[dict[str, Any], str], ...] = ()
 
@@ -164,7 +167,7 @@ CASES = {
                 "sum_shifted": dict(attention_mode="echo", pooling="sum", logit_shift=1),
                 "last": dict(attention_mode="plain", pooling="last", activation="log1p_log1p_relu", logit_scale=0.4),
             },
-            suite_config=dict(attention_mode="plain", initializer_range=0.02),
+            suite_configs={"": dict(attention_mode="plain", initializer_range=0.02)},
             quantization_config=dict(hidden_size=64, intermediate_size=128, head_dim=16),
             faulty_configs=(
                 (dict(pooling=3), "'pooling' expected str, got int"),
@@ -211,7 +214,7 @@ CASES = {
             },
             vocabulary_head=False,
             trained=lambda name: ".adapter_modules.zh_TW." not in name,
-            suite_config=dict(initializer_range=0.02),
+            suite_configs={"": dict(initializer_range=0.02)},
             quantization_config=dict(hidden_size=128, intermediate_size=128),
             faulty_configs=(
                 (dict(dim="128"), "'dim' expected int, got str"),
@@ -258,6 +261,15 @@ CASES = {
                 "key_smear": dict(key_smear=True, unseen_logits="collapsed"),
             },
             vocabulary_head=False,
+            suite_configs={"": dict(), "Learned": dict(table="learned")},
+            suite_skips={
+                "": {
+                    "test_model_get_set_embeddings": "rows come from seeds, not from an nn.Embedding",
+                    "test_resize_tokens_embeddings": "there is no embedding matrix; see test_lexinvariant_model",
+                    "test_enable_input_require_grads_with_gradient_checkpointing": "there is no embedding matrix",
+                },
+                "Learned": {"test_model_get_set_embeddings": "the embeddings hold scale and bias, too"},
+            },
             quantization_config=dict(hidden_size=64, head_dim=16, intermediate_size=128),
             faulty_configs=(
                 (dict(table=3), "'table' expected str, got int"),

@@ -95,7 +95,7 @@ def test_fields_are_overridden_while_loading(tmp_path):
         found = loaded(**inputs, logits_to_keep=1).logits
         assert found.shape[-1] == loaded.config.vocab_size == built.config.vocab_size
         assert torch.equal(found, built(**inputs, logits_to_keep=1).logits)
-    with pytest.raises(StrictDataclassError, match="needs a table of gaussian, orthonormal, canonical; found 'permuted'"):
+    with pytest.raises(StrictDataclassError, match=r"needs a table of gaussian, .*; found 'permuted'"):
         AutoModelForCausalLM.from_pretrained(tmp_path, table="permuted", unseen_logits="collapsed")
     with pytest.raises(StrictDataclassError, match="table must be one of"):
         AutoModelForCausalLM.from_pretrained(tmp_path, table="normal")

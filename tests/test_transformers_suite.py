@@ -39,8 +39,9 @@ ACCEPTED_SKIPS = {
     r"_keep_in_fp32_modules": "no module insists on float32",
     r"does not have position embeddings|partial rope|axial RoPE": "plain rotary positions",
     r"does not (have|support) RoPE": "learned positions",
-    r"does not have a TP plan": "X-MOD has none",
+    r"does not have a TP plan": "X-MOD and the lexinvariant model have none",
     r"does not support sliding window mask": "only with a `use_sliding_window` field; ours are in test_common_modeling",
+    r"does not support output_attentions": "read from annotations that are strings; test_common_modeling compares them",
     r"Not a prioritized model": "transformers' own choice of models for its overfitting test",
 }
 
@@ -101,10 +102,15 @@ def test_transformers_common_tests(test_tree):
     results = list(ElementTree.parse(report).iter("testcase"))
     skipped = {result.get("name"): element for result in results if (element := result.find("skipped")) is not None}
     passed = [result for result in results if len(result) == 0]
-    assert len(passed) > 90 * len(CASES), said
+    classes = sum(len(case.suite_configs) for case in CASES.values())
+    assert len(passed) > 90 * classes, said
+    reasons = [reason for case in CASES.values() for skips in case.suite_skips.values() for reason in skips.values()]
     unexplained = {
         name: element.get("message")
         for name, element in skipped.items()
-        if not any(re.search(pattern, element.get("message"), flags=re.IGNORECASE) for pattern in ACCEPTED_SKIPS)
+        if not any(
+            re.search(pattern, element.get("message"), flags=re.IGNORECASE)
+            for pattern in [*ACCEPTED_SKIPS, *map(re.escape, reasons)]
+        )
     }
     assert not unexplained, "\n".join(f"{name}: {why}" for name, why in unexplained.items())

@@ -488,7 +488,7 @@ class LexinvariantPreTrainedModel(PreTrainedModel):
         if embedding.weight is not None and self.config.table != "canonical":
             rows = nn.Embedding(*embedding.weight.shape, _weight=embedding.weight)
             embedding.weight = self._get_resized_embeddings(rows, size, mean_resizing=mean_resizing).weight
-        self.config.vocab_size = size
+        self.config.vocab_size = self.vocab_size = size  # the latter as in transformers
         return embedding
 
     @torch.no_grad()

@@ -40,13 +40,13 @@ class ModelTester:
     seq_length = 7
     is_training = True
 
-    def __init__(self, case):
-        self.case = case
+    def __init__(self, case, fields):
+        self.case, self.fields = case, fields
         self.encoder_seq_length = self.key_length = self.seq_length
         vars(self).update(case.config)
 
     def get_config(self):
-        return self.case.make_config(**self.case.suite_config)
+        return self.case.make_config(**self.fields)
 
     def prepare_config_and_inputs_for_common(self):
         config = self.get_config()
@@ -58,7 +58,11 @@ class ModelTester:
     prepare_config_and_inputs = prepare_config_and_inputs_for_common
 
 
-def make_test_class(case) -> type:
+def skipping(reason):
+    return lambda self: self.skipTest(reason)
+
+
+def make_test_class(case, suffix) -> type:
     family = FAMILIES[case.family]
     base_class = getattr(rarezoo, family.base_model)
     model_classes = tuple(dict.fromkeys([base_class, *(family.model_class(name) for name in case.heads)]))
@@ -72,7 +76,7 @@ def make_test_class(case) -> type:
         pipeline_model_mapping = {}
 
         def setUp(self):
-            self.model_tester = ModelTester(case)
+            self.model_tester = ModelTester(case, case.suite_configs[suffix])
             self.config_tester = test_configuration_common.ConfigTester(
                 self, config_class=family.config_class(), **case.config
             )
@@ -82,10 +86,12 @@ def make_test_class(case) -> type:
 
     generates = any(model_class.can_generate() for model_class in model_classes)
     bases = (test_modeling_common.GenerationTesterMixin, Tests) if generates else (Tests,)
-    return type(f"{family.base_model}Test", bases, {})
+    skipped = {name: skipping(reason) for name, reason in case.suite_skips.get(suffix, {}).items()}
+    return type(f"{family.base_model}{suffix}Test", bases, skipped)
 
 
 for _case in cases.CASES.values():
-    _class = make_test_class(_case)
-    globals()[_class.__name__] = _class
+    for _suffix in _case.suite_configs:
+        _class = make_test_class(_case, _suffix)
+        globals()[_class.__name__] = _class
 del _class
