@@ -482,12 +482,15 @@ class LexinvariantPreTrainedModel(PreTrainedModel):
         if new_num_tokens is None and pad_to_multiple_of is None:
             return embedding
         size = self.config.vocab_size if new_num_tokens is None else new_num_tokens
-        size = math.ceil(size / (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
-        if any(number >= size for number in self.config.exempt_token_ids):
-            raise ValueError(f"exempt_token_ids {self.config.exempt_token_ids} do not lie in 0..{size - 1}")
         if embedding.weight is not None and self.config.table != "canonical":
             rows = nn.Embedding(*embedding.weight.shape, _weight=embedding.weight)
-            embedding.weight = self._get_resized_embeddings(rows, size, mean_resizing=mean_resizing).weight
+            embedding.weight = self._get_resized_embeddings(rows, size, pad_to_multiple_of, mean_resizing).weight
+            size = len(embedding.weight)
+        else:
+            multiple = pad_to_multiple_of or 1
+            size = -(-size // multiple) * multiple
+        if any(number >= size for number in self.config.exempt_token_ids):
+            raise ValueError(f"exempt_token_ids {self.config.exempt_token_ids} do not lie in 0..{size - 1}")
         self.config.vocab_size = self.vocab_size = size  # the latter as in transformers
         return embedding
 
