@@ -158,7 +158,8 @@ def resolve_symbols(
                 f"{config.canonical_size}"
             )
         all_rows = embedding.canonical_rows(input_ids.device)
-        rows, unseen_row = functional.embedding(ranks[:, start:], all_rows), all_rows[-1]
+        # A copy, since products are rounded by how a tensor lies in memory, and a loaded one may lie anywhere.
+        rows, unseen_row = functional.embedding(ranks[:, start:], all_rows), all_rows[-1].clone()
         prefix_rows = functional.embedding(ranks[:, : prefix.shape[1]], all_rows)
     else:
         assert table is not None
