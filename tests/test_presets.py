@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 import rarezoo
 from rarezoo.configs import list_presets, load_preset, read_preset
@@ -91,6 +91,34 @@ def test_the_processor_options_are_accepted(name):
     assert processor.attention_mode == preset["config"]["attention_mode"]
     inputs = processor.process_queries(["what is the capital of france?"])
     assert 0 < int(inputs["pool_mask"].sum()) < int(inputs["attention_mask"].sum())
+
+
+def lexinvariant_parameters(config) -> int:
+    """Every weight of a lexinvariant decoder, counted from its shapes (arXiv 2305.16349: 150 million)."""
+    width, inner = config["hidden_size"], config["num_attention_heads"] * config["head_dim"]
+    heads = config["num_attention_heads"]
+    scales = heads * (1 + config["relative_attention_num_buckets"] + config.get("key_smear", False))
+    layer = 4 * width * inner + 2 * width * config["intermediate_size"] + 2 * width + scales
+    rows = config["vocab_size"] * width if config["table"] == "learned" else 0
+    return config["num_hidden_layers"] * layer + 3 * width + rows
+
+
+@pytest.mark.parametrize("name", list_presets("lexinvariant"))
+def test_lexinvariant_presets(name):
+    preset = read_preset("lexinvariant", name)
+    assert preset["parameters"] == lexinvariant_parameters(preset["config"])
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(load_preset("lexinvariant", name))
+    assert sum(parameter.numel() for parameter in model.parameters()) == preset["parameters"]
+    if name.startswith("150m"):
+        assert round(lexinvariant_parameters({**preset["config"], "table": "gaussian"}) / 1e6) == 151
+        assert preset["config"]["vocab_size"] == (130 if "character" in name else 32128)
+
+
+@pytest.mark.parametrize("vocabulary", ["character", "sentencepiece"])
+def test_a_standard_twin_differs_by_one_switch(vocabulary):
+    ours, standard = (read_preset("lexinvariant", f"150m-{vocabulary}{kind}")["config"] for kind in ("", "-standard"))
+    assert {name for name in ours if ours[name] != standard[name]} == {"table"}
 
 
 def test_overrides_replace_fields():

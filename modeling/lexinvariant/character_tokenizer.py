@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tokenizers import AddedToken, Tokenizer, decoders, models
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 # Names that no ASCII text contains: every such text has exactly its own codes for ids.
@@ -17,8 +17,9 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
     spaces included. Nothing is added to a text; padding is on the left, as generation wants it. It is made of parts of
     the library `tokenizers` only: saved, it opens through `AutoTokenizer` on any machine.
     """
-    # A BPE without merges splits into characters and, without an unknown token, drops those that it does not have.
+    # A BPE without merges splits into characters.
     backend = Tokenizer(models.BPE(vocab={chr(code): code for code in range(128)}, merges=[]))
+    backend.normalizer = normalizers.Replace(Regex(r"[^\x00-\x7F]"), "")
     backend.decoder = decoders.Fuse()
     backend.add_special_tokens([AddedToken(token, normalized=False) for token in (PAD_TOKEN, EOS_TOKEN)])
     return PreTrainedTokenizerFast(
