@@ -6,7 +6,7 @@ import json
 import os
 import pickle
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -189,6 +189,39 @@ class CheckpointReader:
                 raise FileNotFoundError(f"{file} is missing, but the index in its folder names it; download it again")
             self._open_files[file] = _open_safetensors(file) if file.suffix == ".safetensors" else _open_bin(file)
         return self._open_files[file]
+
+
+class RenamedTensors(CheckpointReader):
+    """The tensors of one or several files, under other names.
+
+    Args:
+        folder: named in error messages.
+        parts: the readers, each with the function from its names to ours.
+    """
+
+    def __init__(self, folder: Path, parts: Iterable[tuple[CheckpointReader, Callable[[str], str]]]):
+        self.folder = folder
+        self.entries: dict[str, TensorEntry] = {}
+        self._stored: dict[str, tuple[CheckpointReader, str]] = {}
+        for reader, renamed in parts:
+            for name, entry in reader.entries.items():
+                if renamed(name) in self.entries:
+                    raise ConversionError(f"{folder} holds {renamed(name)} twice; expected each tensor once")
+                self.entries[renamed(name)] = entry
+                self._stored[renamed(name)] = (reader, name)
+
+    def read(self, name: str) -> torch.Tensor:
+        reader, stored = self._stored[name]
+        return reader.read(stored)
+
+    def release(self, names: Sequence[str]) -> None:
+        for name in names:
+            reader, stored = self._stored[name]
+            reader.release([stored])
+
+    def close(self) -> None:
+        for reader, _ in self._stored.values():
+            reader.close()
 
 
 def _candidate_files(folder: Path, stems: Sequence[str]) -> list[Path]:

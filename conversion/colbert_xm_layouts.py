@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer
 
@@ -31,7 +30,7 @@ from rarezoo.colbert_xm.colbert_metadata import (
 from rarezoo.conversion.checkpoint_files import (
     CheckpointReader,
     ConversionError,
-    TensorEntry,
+    RenamedTensors,
     locate_checkpoint,
     read_json,
     read_pickle,
@@ -289,36 +288,3 @@ def _check_vocabulary(processor: ColBERTXMProcessor, config: ColBERTXMConfig) ->
             f"the tokenizer has {len(processor.tokenizer)} tokens, but the weights have vocab_size "
             f"{config.vocab_size}; they do not belong together"
         )
-
-
-class RenamedTensors(CheckpointReader):
-    """The tensors of one or several files, under other names.
-
-    Args:
-        folder: named in error messages.
-        parts: the readers, each with the function from its names to ours.
-    """
-
-    def __init__(self, folder: Path, parts: Iterable[tuple[CheckpointReader, Callable[[str], str]]]):
-        self.folder = folder
-        self.entries: dict[str, TensorEntry] = {}
-        self._stored: dict[str, tuple[CheckpointReader, str]] = {}
-        for reader, renamed in parts:
-            for name, entry in reader.entries.items():
-                if renamed(name) in self.entries:
-                    raise ConversionError(f"{folder} holds {renamed(name)} twice; expected each tensor once")
-                self.entries[renamed(name)] = entry
-                self._stored[renamed(name)] = (reader, name)
-
-    def read(self, name: str) -> torch.Tensor:
-        reader, stored = self._stored[name]
-        return reader.read(stored)
-
-    def release(self, names: Sequence[str]) -> None:
-        for name in names:
-            reader, stored = self._stored[name]
-            reader.release([stored])
-
-    def close(self) -> None:
-        for reader, _ in self._stored.values():
-            reader.close()
