@@ -14,7 +14,7 @@ from rarezoo.cli.options import JsonOption
 from rarezoo.cli.output import print_json
 
 if TYPE_CHECKING:
-    from rarezoo.training import TrainingRecipe
+    from rarezoo.training.recipe import StoredRecipe
 
 
 def train(
@@ -29,7 +29,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in OUTPUT.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Train a retriever, sparse or multi-vector, by a recipe.
+    """Train a retriever or a language model by a recipe.
 
     The output is a checkpoint with its recipe and its log. Several processes share the work under
     `accelerate launch -m rarezoo.cli train …`.
@@ -64,7 +64,7 @@ def _check_paths(recipe: Path, output: Path, resume: bool) -> None:
         raise FileExistsError(f"{output} is not empty; choose another folder, or resume the run that began there")
 
 
-def _set(settings: dict[str, Any], recipe: TrainingRecipe, name: str, value: Any) -> None:
+def _set(settings: dict[str, Any], recipe: StoredRecipe, name: str, value: Any) -> None:
     """Set a field; a dot leads into a section: `objective.score_scale`."""
     section, dot, inner = name.partition(".")
     target: Any = recipe

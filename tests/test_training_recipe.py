@@ -208,7 +208,7 @@ def test_resume_after_a_kill_during_the_export(base, tmp_path, monkeypatch):
     recipe = SparseTrainingRecipe(model=str(base), lora=True, batch_size=16, max_steps=4, save_steps=2)
     train(recipe, tmp_path / "whole", rows=rows())
     with monkeypatch.context() as killed:
-        killed.setattr("rarezoo.training.run.write_whole", lambda path, text: 1 / 0)
+        killed.setattr("rarezoo.training.run_folder.write_whole", lambda path, text: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(recipe, tmp_path / "run", rows=rows())
     assert (tmp_path / "run" / "adapter").is_dir()

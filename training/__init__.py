@@ -1,4 +1,4 @@
-"""Training of retrievers, sparse and multi-vector: losses, collators, trainers with exact large batches, recipes."""
+"""Training of retrievers, sparse and multi-vector, and of language models: losses, collators, trainers, recipes."""
 
 from rarezoo.training.chunked_encoding import encode_in_chunks as encode_in_chunks
 from rarezoo.training.collator import LateInteractionCollator as LateInteractionCollator
@@ -8,6 +8,10 @@ from rarezoo.training.data import read_training_rows as read_training_rows
 from rarezoo.training.from_scratch import initialize_as_lexical_matcher as initialize_as_lexical_matcher
 from rarezoo.training.from_scratch import train_tokenizer as train_tokenizer
 from rarezoo.training.language_adapter import train_language as train_language
+from rarezoo.training.language_model import LanguageModelTrainer as LanguageModelTrainer
+from rarezoo.training.language_model import build_language_model as build_language_model
+from rarezoo.training.language_model import lookup_ids as lookup_ids
+from rarezoo.training.language_model import pack_texts as pack_texts
 from rarezoo.training.late_interaction_from_scratch import (
     initialize_as_lexical_late_interaction as initialize_as_lexical_late_interaction,
 )
@@ -24,6 +28,7 @@ from rarezoo.training.losses import l1_regularizer as l1_regularizer
 from rarezoo.training.losses import margin_mse_loss as margin_mse_loss
 from rarezoo.training.losses import quadratic_weight as quadratic_weight
 from rarezoo.training.objective import SparseObjective as SparseObjective
+from rarezoo.training.recipe import LanguageModelRecipe as LanguageModelRecipe
 from rarezoo.training.recipe import LateInteractionRecipe as LateInteractionRecipe
 from rarezoo.training.recipe import SparseTrainingRecipe as SparseTrainingRecipe
 from rarezoo.training.recipe import TrainingRecipe as TrainingRecipe

@@ -39,9 +39,9 @@ def check_field_types(settings: Any) -> None:
             with contextlib.suppress(ValueError):
                 value = float(value)
                 setattr(settings, entry.name, value)
-        for name, kind in (("float", float), ("int", int), ("bool", bool), ("str", str)):
-            if name in kinds and type(value) is not kind:
-                raise ValueError(f"{entry.name} must be of type {entry.type}, found {value!r}")
+        plain = {"float": float, "int": int, "bool": bool, "str": str, "None": type(None)}
+        if all(name in plain for name in kinds) and type(value) not in {plain[name] for name in kinds}:
+            raise ValueError(f"{entry.name} must be of type {entry.type}, found {value!r}")
 
 
 @dataclass

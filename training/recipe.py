@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from rarezoo.auto import FAMILIES
 from rarezoo.training.late_interaction_losses import LateInteractionObjective
@@ -34,11 +34,65 @@ _POSITIVE = (
     "adam_epsilon",
     "nway",
     "accumulation_steps",
+    "sequence_length",
+    "scale_learning_rate_factor",
 )
 
 
+def check_common_fields(recipe: Any) -> None:
+    """Types, signs, and that there is one model to start from.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    check_field_types(recipe)
+    for name in _POSITIVE:
+        value = getattr(recipe, name, None)
+        if value is not None and value <= 0:
+            raise ValueError(f"{name} must be above 0, found {value}")
+    if (recipe.model is None) == (recipe.preset is None):
+        raise ValueError(
+            f"a recipe needs either a model to fine-tune or a preset to start from, found model={recipe.model!r} and "
+            f"preset={recipe.preset!r}"
+        )
+
+
+class StoredRecipe:
+    """What recipes of all kinds have in common: a dataclass, as a dict and as a file."""
+
+    family: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(cast(Any, self))
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> Self:
+        """Raises `ValueError` for unknown fields."""
+        return cls(**_known_fields(cls, settings))
+
+    def save(self, path: str | Path) -> None:
+        """Write the recipe as JSON, or as YAML where the name ends in .yaml or .yml."""
+        path = Path(path)
+        if path.suffix in (".yaml", ".yml"):
+            import yaml
+
+            text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        else:
+            text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        write_whole(path, text)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a recipe file, or the one stored in a checkpoint folder."""
+        path = _recipe_file(path)
+        try:
+            return cls.from_dict(_read_settings(path))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
 @dataclass
-class TrainingRecipe:
+class TrainingRecipe(StoredRecipe):
     """What training runs of all kinds of retriever depend on; the subclasses add the rest and their own defaults.
 
     Args:
@@ -119,16 +173,7 @@ class TrainingRecipe:
     def __post_init__(self):
         if isinstance(self.objective, Mapping):
             self.objective = self.objective_class(**_known_fields(self.objective_class, self.objective))
-        check_field_types(self)
-        for name in _POSITIVE:
-            value = getattr(self, name, None)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} must be above 0, found {value}")
-        if (self.model is None) == (self.preset is None):
-            raise ValueError(
-                f"a recipe needs either a model to fine-tune or a preset to start from, found model={self.model!r} and "
-                f"preset={self.preset!r}"
-            )
+        check_common_fields(self)
         if self.initialization not in ("random", "lexical"):
             raise ValueError(f"initialization must be 'random' or 'lexical', found {self.initialization!r}")
         if self.quantization not in (None, "nf4"):
@@ -137,34 +182,6 @@ class TrainingRecipe:
             raise ValueError("LoRA and quantization keep pretrained weights frozen; a preset has none: set a model")
         if self.quantization and self.lora is False:
             raise ValueError("quantized weights cannot be trained themselves; set lora to true or null")
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, settings: Mapping[str, Any]) -> Self:
-        """Raises `ValueError` for unknown fields."""
-        return cls(**_known_fields(cls, settings))
-
-    def save(self, path: str | Path) -> None:
-        """Write the recipe as JSON, or as YAML where the name ends in .yaml or .yml."""
-        path = Path(path)
-        if path.suffix in (".yaml", ".yml"):
-            import yaml
-
-            text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
-        else:
-            text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
-        write_whole(path, text)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """Read a recipe file, or the one stored in a checkpoint folder."""
-        path = _recipe_file(path)
-        try:
-            return cls.from_dict(_read_settings(path))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
 
 
 @dataclass
@@ -273,18 +290,147 @@ class LateInteractionRecipe(TrainingRecipe):
         return cls(**{**settings, **overrides})
 
 
-def load_recipe(path: str | Path) -> TrainingRecipe:
+@dataclass
+class LanguageModelRecipe(StoredRecipe):
+    """Everything that a training run of a language model depends on.
+
+    Args:
+        training_data: file of text, or several. Of `.jsonl`, `.tsv` (also `.gz`), `.parquet` and folders written by
+            `Dataset.save_to_disk`, each row is a text in the column `text`, or ids in the column `input_ids`, which are
+            taken as they are; every other file is one text in UTF-8.
+        evaluation_data: the same; its loss is logged ten times.
+        task: "text", or "lookup": prompts `k v / k v / … k` of random ids, of which only the last value is learned;
+            they need no data. Every prompt has a key-value list and a separator of its own.
+        pairs: of "lookup": fewest and most pairs.
+        sequence_length: tokens in a row; texts are joined, with the tokenizer's end of text behind each if it has one,
+            and cut.
+        model: checkpoint folder or Hub name of a model to go on with; or None, and
+        preset: architecture preset to start from, of `family`.
+        family: `model_type` of the model or preset.
+        tokenizer: folder or Hub name; None takes the model's, or for a preset the 128 characters of ASCII.
+        table: None takes the configuration's. `"learned"` trains the standard language model that is otherwise the
+            same; the other kinds are those of `LexinvariantConfig`.
+        config: fields of the model's configuration to override, for example `{"randomize_prob": 0.5}`.
+        optimizer: "adamw", or "adafactor" with its updates relative to the size of the weights.
+        learning_rate: highest value: a linear warm-up, then a cosine down to `final_learning_rate_ratio` of it.
+        final_learning_rate_ratio: see `learning_rate`.
+        warmup_steps: steps in which the learning rate grows.
+        scale_learning_rate_factor: of the attention scales and the final norm, few numbers that have far to go.
+        beta1, beta2: decay of the averages of gradients and, with AdamW, of their squares; Adafactor calls the first
+            one momentum.
+        weight_decay, max_grad_norm: as in `TrainingArguments`; a norm of 0 does not clip.
+        batch_size: rows per step and process.
+        accumulation_steps: batches whose gradients are added up before a step, as one large batch.
+        max_steps: optimiser steps.
+        bf16, activation_checkpointing, logging_steps, save_steps, seed: as in `TrainingRecipe`; the seed also
+            chooses the tables of the sequences, new ones at every visit.
+    """
+
+    training_data: str | list[str] | None = None
+    evaluation_data: str | list[str] | None = None
+    task: str = "text"
+    pairs: list[int] = field(default_factory=lambda: [3, 10])
+    sequence_length: int = 512
+    model: str | None = None
+    preset: str | None = None
+    family: str = "lexinvariant"
+    tokenizer: str | None = None
+    table: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    optimizer: str = "adamw"
+    learning_rate: float = 1e-3
+    final_learning_rate_ratio: float = 0.1
+    warmup_steps: int = 1000
+    scale_learning_rate_factor: float = 1.0
+    beta1: float = 0.9
+    beta2: float = 0.98
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    batch_size: int = 64
+    accumulation_steps: int = 1
+    max_steps: int = 10_000
+    bf16: bool = False
+    activation_checkpointing: bool = False
+    logging_steps: int = 10
+    save_steps: int = 500
+    seed: int = 0
+
+    def __post_init__(self):
+        check_common_fields(self)
+        self.pairs = list(self.pairs)
+        if self.task not in _LANGUAGE_MODEL_TASKS:
+            raise ValueError(f"task must be one of {', '.join(_LANGUAGE_MODEL_TASKS)}, found {self.task!r}")
+        if self.optimizer not in ("adamw", "adafactor"):
+            raise ValueError(f"optimizer must be 'adamw' or 'adafactor', found {self.optimizer!r}")
+        if self.sequence_length < 2:
+            raise ValueError(f"sequence_length must be at least 2, found {self.sequence_length}")
+        if len(self.pairs) != 2 or not 1 <= self.pairs[0] <= self.pairs[1]:
+            raise ValueError(f"pairs must be the fewest and the most pairs of a prompt, found {self.pairs}")
+        if self.task == "lookup" and self.training_data is not None:
+            raise ValueError(f"task 'lookup' makes its own data, found training_data={self.training_data!r}")
+
+    @classmethod
+    def as_published(cls, **overrides: Any) -> LanguageModelRecipe:
+        """The recipe of arXiv 2305.16349: Adafactor, cosine from 0.01 to 0.001, 250,000 steps of 64 x 512 tokens.
+
+        What the paper leaves open is google-research/meliad's: warm-up, momentum, updates relative to the size of the
+        weights, bfloat16.
+        """
+        settings: dict[str, Any] = {
+            "preset": "150m-character",
+            "optimizer": "adafactor",
+            "learning_rate": 0.01,
+            "max_grad_norm": 0.0,  # Adafactor clips its updates itself
+            "max_steps": 250_000,
+            "bf16": True,
+            "logging_steps": 100,
+            "save_steps": 5000,
+        }
+        return cls(**{**settings, **overrides})
+
+    @classmethod
+    def small_from_scratch(cls, **overrides: Any) -> LanguageModelRecipe:
+        """A two-layer model that learns from text of few different characters on one CPU core in about two minutes.
+
+        Ours, as is its start (see `LexinvariantConfig`): the usual one learns nothing in that time.
+        """
+        settings: dict[str, Any] = {
+            "preset": "tiny",
+            "sequence_length": 128,
+            "learning_rate": 3e-3,
+            "final_learning_rate_ratio": 0.05,
+            "warmup_steps": 50,
+            "scale_learning_rate_factor": 10.0,
+            "batch_size": 32,
+            "max_steps": 1000,
+            "save_steps": 0,
+        }
+        return cls(**{**settings, **overrides})
+
+
+_LANGUAGE_MODEL_TASKS = ("text", "lookup")
+
+
+def load_recipe(path: str | Path) -> StoredRecipe:
     """Read a recipe file, or the one stored in a checkpoint folder, of whichever kind (see `recipe_class`)."""
     return recipe_class(_read_settings(_recipe_file(path))).load(path)
 
 
-def recipe_class(settings: Mapping[str, Any]) -> type[TrainingRecipe]:
+def recipe_class(settings: Mapping[str, Any]) -> type[StoredRecipe]:
     """The kind of recipe, by the family that it names or else by its model's; a preset without a family is sparse."""
     family = settings.get("family")
     if family is None and isinstance(settings.get("model"), str):
         family = family_of(settings["model"])
     representation = FAMILIES[family].representation if family in FAMILIES else "sparse"
-    return {kind.representation: kind for kind in (SparseTrainingRecipe, LateInteractionRecipe)}[representation]
+    return _RECIPES[representation]
+
+
+# By what the models of a family produce.
+_RECIPES: dict[str, type[StoredRecipe]] = {
+    "sparse": SparseTrainingRecipe,
+    "multi-vector": LateInteractionRecipe,
+    "text": LanguageModelRecipe,
+}
 
 
 def family_of(model: str) -> str | None:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
-import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -23,34 +19,38 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import set_seed
-from transformers.utils import logging
 
 from rarezoo.auto import FAMILIES, Family
 from rarezoo.configs import load_preset, read_preset
 from rarezoo.training.collator import LateInteractionCollator, RetrievalCollator, parse_row
 from rarezoo.training.data import read_text_table, read_training_rows
 from rarezoo.training.from_scratch import initialize_as_lexical_matcher, train_tokenizer
+from rarezoo.training.language_model import train_language_model
 from rarezoo.training.late_interaction_from_scratch import (
     initialize_as_lexical_late_interaction,
     train_xlm_r_tokenizer,
 )
 from rarezoo.training.recipe import (
     RECIPE_FILE,
+    LanguageModelRecipe,
     LateInteractionRecipe,
     SparseTrainingRecipe,
+    StoredRecipe,
     TrainingRecipe,
     family_of,
-    write_whole,
+)
+from rarezoo.training.run_folder import (
+    CHECKPOINT_FOLDER,
+    check_folder,
+    common_arguments,
+    export_run,
+    last_whole_checkpoint,
+    log_to_file_only,
 )
 from rarezoo.training.trainer import LateInteractionTrainer, RetrievalTrainer, SparseRetrievalTrainer
 
-logger = logging.get_logger(__name__)
-
-LOG_FILE = "training_log.json"
 ADAPTER_FOLDER = "adapter"
-CHECKPOINT_FOLDER = "checkpoints"
 # Full fine-tuning needs 16 bytes per parameter: above this many it is too much for most machines.
 LARGE_BACKBONE = 500_000_000
 
@@ -58,15 +58,15 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def train(
-    recipe: TrainingRecipe,
+    recipe: StoredRecipe,
     output_dir: str | Path,
     *,
-    rows: Rows | None = None,
-    evaluation_rows: Rows | None = None,
+    rows: Sequence[Any] | None = None,
+    evaluation_rows: Sequence[Any] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     resume: bool = False,
 ) -> dict[str, Any]:
-    """Train a retriever and save it.
+    """Train a model and save it: a retriever, or, by a `LanguageModelRecipe`, a language model.
 
     `output_dir` becomes a checkpoint for AutoModel and AutoProcessor, with `training_recipe.json` and
     `training_log.json` (all log entries). After LoRA training it holds the merged model, and `adapter/` the adapter
@@ -75,7 +75,8 @@ def train(
     Args:
         recipe: what to do; its class tells the kind of retriever.
         output_dir: a new or empty folder; with `resume`, that of the interrupted run.
-        rows: training rows, instead of `recipe.training_data`.
+        rows: training rows, instead of `recipe.training_data`; of a language model, texts or rows of ids (see
+            `LanguageModelRecipe`).
         evaluation_rows: rows whose losses are logged ten times, instead of `recipe.evaluation_data`.
         callbacks: further Trainer callbacks; they get `model` and `processing_class` (the processor).
         resume: go on from the last checkpoint in `output_dir`, with the same recipe and rows.
@@ -87,9 +88,12 @@ def train(
         FileExistsError: the folder is not empty and `resume` is False.
         FileNotFoundError, ValueError: data or model are missing, or the recipe cannot be carried out.
     """
+    if isinstance(recipe, LanguageModelRecipe):
+        return train_language_model(recipe, output_dir, rows, evaluation_rows, callbacks, resume)
     output_dir = Path(output_dir)
     processes = PartialState()
-    _check_folder(recipe, output_dir, resume)
+    check_folder(recipe, output_dir, resume)
+    assert isinstance(recipe, TrainingRecipe)
     processes.wait_for_everyone()
     checkpoints = output_dir / CHECKPOINT_FOLDER
     rows = _rows(rows, recipe.training_data, "training_data")
@@ -116,17 +120,13 @@ def train(
         processing_class=processor,
         callbacks=callbacks,
     )
-    # Without progress bars, transformers prints a line for every log entry instead; these stand in the log file.
-    trainer.pop_callback(PrinterCallback)
-    if trainer.pop_callback(ProgressCallback) is not None:
-        trainer.add_callback(_QuietProgressCallback)
+    log_to_file_only(trainer, _progress)
     if processes.is_main_process:
         dataclasses.replace(recipe, lora=hasattr(model, "merge_and_unload")).save(output_dir / RECIPE_FILE)
-    result = trainer.train(resume_from_checkpoint=_last_whole_checkpoint(checkpoints))
+    result = trainer.train(resume_from_checkpoint=last_whole_checkpoint(checkpoints))
     if processes.is_main_process:
-        _export(recipe, trainer.accelerator.unwrap_model(model), processor, trainer.state.log_history, output_dir)
-        with suppress(OSError):  # it holds checkpoints
-            checkpoints.rmdir()
+        trained = trainer.accelerator.unwrap_model(model)
+        export_run(output_dir, lambda scratch: _export(recipe, trained, processor, scratch), trainer.state.log_history)
     processes.wait_for_everyone()
     logged = [entry for entry in trainer.state.log_history if "ranking_loss" in entry]
     return {
@@ -331,46 +331,6 @@ def _processor_class(family: Family) -> Any:
     return family.processor_class()
 
 
-def _check_folder(recipe: TrainingRecipe, output_dir: Path, resume: bool) -> None:
-    """See that the folder is free, or that it holds the run that is resumed."""
-    if not resume:
-        if output_dir.exists() and any(output_dir.iterdir()):
-            raise FileExistsError(
-                f"{output_dir} is not empty; choose another folder, or resume the run that began there"
-            )
-        return
-    earlier = type(recipe).load(output_dir / RECIPE_FILE)
-    if recipe.lora is None:
-        earlier.lora = None  # what was stored is the answer that the first run found
-    if earlier != recipe:
-        changed = sorted(name for name, value in earlier.to_dict().items() if recipe.to_dict()[name] != value)
-        raise ValueError(f"cannot resume {output_dir} with another recipe; these fields differ: {', '.join(changed)}")
-    if (output_dir / LOG_FILE).exists():
-        raise FileExistsError(f"the run in {output_dir} is finished; choose another folder")
-
-
-def _last_whole_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end; a kill in the middle of one leaves the one before."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    for checkpoint in found:
-        if _is_whole(checkpoint):
-            return str(checkpoint)
-        logger.warning(f"{checkpoint} was not written to its end and is passed over")
-    return None
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """transformers writes weights, optimizer, scheduler and, last, the state of the run."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        for path in checkpoint.glob("*.safetensors"):
-            with safe_open(path, framework="pt"):
-                pass
-    except (OSError, ValueError, SafetensorError):
-        return False
-    return any(checkpoint.glob("*.safetensors")) and (checkpoint / "optimizer.pt").is_file()
-
-
 def _rows(rows: Rows | None, path: str | None, name: str) -> Rows:
     if rows is None:
         if path is None:
@@ -382,66 +342,39 @@ def _rows(rows: Rows | None, path: str | None, name: str) -> Rows:
 
 
 def _training_arguments(recipe: TrainingRecipe, folder: Path, rows: int, evaluates: bool) -> TrainingArguments:
-    known = TrainingArguments.__dataclass_fields__
-    # transformers renamed the option within version 5.
-    option = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
-    checkpointing: dict[str, Any] = {option: recipe.activation_checkpointing}
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    accumulation_steps = getattr(recipe, "accumulation_steps", 1)
-    rows_per_step = recipe.batch_size * accumulation_steps * processes
+    rows_per_step = recipe.batch_size * getattr(recipe, "accumulation_steps", 1) * processes
     per_epoch = max(rows // rows_per_step, 1)
     max_steps = recipe.max_steps or math.ceil(recipe.epochs * per_epoch)
     return TrainingArguments(
-        output_dir=str(folder),
-        max_steps=max_steps,
-        per_device_train_batch_size=recipe.batch_size,
-        per_device_eval_batch_size=recipe.batch_size,
-        gradient_accumulation_steps=accumulation_steps,
-        learning_rate=recipe.learning_rate,
+        **common_arguments(recipe, folder, max_steps, evaluates),
         lr_scheduler_type=recipe.scheduler,
         warmup_steps=round(recipe.warmup_ratio * max_steps),
-        weight_decay=recipe.weight_decay,
         adam_epsilon=recipe.adam_epsilon,
-        max_grad_norm=recipe.max_grad_norm,
-        bf16=recipe.bf16,
-        # Without it, transformers takes bf16 for a request for a GPU.
-        use_cpu=not torch.accelerator.is_available(),
-        logging_steps=recipe.logging_steps,
-        logging_first_step=True,
-        save_strategy="steps" if recipe.save_steps else "no",
-        save_steps=recipe.save_steps or 1,
-        save_total_limit=2,
-        eval_strategy="steps" if evaluates else "no",
-        eval_steps=max(max_steps // 10, 1),
         # A smaller last batch would have easier negatives and another FLOPS.
         dataloader_drop_last=rows >= recipe.batch_size * processes,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        report_to="none",
-        disable_tqdm=not logging.is_progress_bar_enabled(),
-        seed=recipe.seed,
-        **checkpointing,
     )
 
 
-def _export(recipe: TrainingRecipe, model: Any, processor: Any, log: list[dict[str, float]], output_dir: Path) -> None:
-    """Write the final files beside, then move them into place; the log comes last and marks a finished run."""
-    scratch = output_dir / f".export-{os.getpid()}"
-    for left_over in output_dir.glob(".export-*"):  # of a run that was killed here
-        shutil.rmtree(left_over)
-    try:
-        if hasattr(model, "merge_and_unload"):
-            # The vocabulary head is not saved along with an adapter on it: it is the base model's.
-            model.save_pretrained(scratch / ADAPTER_FOLDER, save_embedding_layers=False)
-            model = _merge(recipe, model, scratch / ADAPTER_FOLDER)
-        model.save_pretrained(scratch)
-        processor.save_pretrained(scratch)
-        for path in sorted(scratch.iterdir()):
-            if path.is_dir():
-                shutil.rmtree(output_dir / path.name, ignore_errors=True)
-            os.replace(path, output_dir / path.name)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    write_whole(output_dir / LOG_FILE, json.dumps(log, indent=2) + "\n")
+def _export(recipe: TrainingRecipe, model: Any, processor: Any, scratch: Path) -> None:
+    if hasattr(model, "merge_and_unload"):
+        # The vocabulary head is not saved along with an adapter on it: it is the base model's.
+        model.save_pretrained(scratch / ADAPTER_FOLDER, save_embedding_layers=False)
+        model = _merge(recipe, model, scratch / ADAPTER_FOLDER)
+    model.save_pretrained(scratch)
+    processor.save_pretrained(scratch)
+
+
+def _progress(logs: Mapping[str, float]) -> str | None:
+    if "ranking_loss" not in logs:
+        return None
+    figures = f"loss {logs['ranking_loss']:.3f}"
+    if "query_active_dimensions" in logs:
+        query, document = logs["query_active_dimensions"], logs["document_active_dimensions"]
+        figures += f", active {query:.0f} (query) {document:.0f} (document)"
+    if "accuracy" in logs:
+        figures += f", accuracy {logs['accuracy']:.2f}"
+    return figures
 
 
 def _merge(recipe: TrainingRecipe, model: Any, adapter: Path) -> PreTrainedModel:
@@ -453,20 +386,3 @@ def _merge(recipe: TrainingRecipe, model: Any, adapter: Path) -> PreTrainedModel
     family = _family(model.get_base_model().config.model_type, recipe.representation)
     base = _load_weights(recipe, family, lora=True, quantization=None)
     return PeftModel.from_pretrained(base, adapter).merge_and_unload()
-
-
-class _QuietProgressCallback(ProgressCallback):
-    """The progress bar alone, with the figures to watch at its end instead of a printed line for every log entry."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.training_bar is None or not logs or "ranking_loss" not in logs:
-            return
-        figures = f"loss {logs['ranking_loss']:.3f}"
-        if "query_active_dimensions" in logs:
-            figures += (
-                f", active {logs['query_active_dimensions']:.0f} (query) "
-                f"{logs['document_active_dimensions']:.0f} (document)"
-            )
-        if "accuracy" in logs:
-            figures += f", accuracy {logs['accuracy']:.2f}"
-        self.training_bar.set_postfix_str(figures)
