@@ -32,12 +32,14 @@ DIGEST_LINE = "<!-- rarezoo card {digest}: `rarezoo card` writes this text anew 
 TASKS = {
     "sparse": ("sparse-information-retrieval", "Sparse Information Retrieval"),
     "multi-vector": ("information-retrieval", "Information Retrieval"),
+    "text": ("text-generation", "Text Generation"),
 }
 TAGS = {
     "sparse": ("sparse-encoder", "sparse", "splade", "retrieval"),
     "multi-vector": ("multi-vector", "late-interaction", "ColBERT", "retrieval"),
+    "text": ("language-model", "in-context-learning"),
 }
-PIPELINES = {"sparse": "feature-extraction", "multi-vector": "sentence-similarity"}
+PIPELINES = {"sparse": "feature-extraction", "multi-vector": "sentence-similarity", "text": "text-generation"}
 
 
 def build_card(

@@ -17,7 +17,7 @@ from rarezoo.configs import list_presets
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("configs", "conversion", "quantization", "retrieval", "training", "cli", "model_cards")
-FAMILY_LIBRARIES = {"torch", "transformers", "safetensors", "numpy", "huggingface_hub", "tqdm"}
+FAMILY_LIBRARIES = {"torch", "transformers", "safetensors", "tokenizers", "numpy", "huggingface_hub", "tqdm"}
 # What each room may import of the others; every room may import the table, the presets and the families.
 NEIGHBOURS = {
     "configs": set(),

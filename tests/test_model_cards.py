@@ -12,7 +12,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from safetensors import safe_open
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor
 
 from rarezoo.auto import FAMILIES
 from rarezoo.configs import load_preset
@@ -261,6 +261,34 @@ def test_the_card_s_code_runs(folder, run_without_rarezoo):
     assert scores.startswith("[[")
     assert explained == str(model.explain(queries[0], processor=processor, top_k=10))
     assert rest
+
+
+def test_the_code_on_a_language_model_s_card_runs(tmp_path, run_without_rarezoo):
+    from rarezoo.lexinvariant.character_tokenizer import character_tokenizer
+
+    folder = tmp_path / "tiny-lexinvariant"
+    AutoModelForCausalLM.from_config(load_preset("lexinvariant", "tiny")).save_pretrained(folder)
+    character_tokenizer().save_pretrained(folder)
+    card = build_card(folder, str(folder))
+    assert header(card)["pipeline_tag"] == "text-generation"
+    assert "| parameters | 99,024 |" in str(card) and "tiny, 2 layers" in str(card)
+    (block,) = re.findall(r"```python\n(.*?)```", str(card), flags=re.DOTALL)
+    assert run_without_rarezoo(block).startswith("['A->2\\nB->3\\nC->5\\nB->")
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        (dict(table="gaussian"), "Every text has a table of random rows of its own"),
+        (dict(table="learned", unseen_logits="sampled"), "This one is the standard twin"),
+        (dict(table="canonical"), "renaming the symbols of a text renames the answer"),
+        (dict(table="mixed", unseen_logits="sampled"), "20% of a text's symbols have random ones"),
+    ],
+)
+def test_tables_of_symbols_are_described(fields, sentence, tmp_path):
+    load_preset("lexinvariant", "tiny", **fields).save_pretrained(tmp_path)
+    text = str(build_card(tmp_path))
+    assert sentence in text and f"| table | {fields['table']}" in text
 
 
 def rows(text, title):
