@@ -267,8 +267,10 @@ def _flax_fields(weights: CheckpointReader, file: Path) -> dict[str, Any]:
         "qk_norm": "transformer0.attention_scale" in shapes,
         "key_smear": "transformer0.key_smear" in shapes,
         "attend_self": False,
-        "embedding_affine": {None: "none", (1,): "scalar"}.get(shapes.get("embed.scale"), "vector"),
+        "embedding_affine": "none",
     }
+    if "embed.scale" in shapes:
+        fields["embedding_affine"] = "scalar" if shapes["embed.scale"] == (1,) else "vector"
     if _FLAX_ROWS in shapes:
         fields |= {"vocab_size": shapes[_FLAX_ROWS][0], "table": "learned"}
     return fields

@@ -103,7 +103,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             name="lexinvariant",
             title="Lexinvariant LM",
-            summary="Symbols of any vocabulary to the next one, from how they repeat and not from what they are called.",
+            summary="Symbols of any vocabulary to the next, from how they repeat and not from what they are called.",
             representation="text",
             config="LexinvariantConfig",
             base_model="LexinvariantModel",

@@ -165,7 +165,7 @@ def resolve_symbols(
         assert table is not None
         rows = table.rows(repeated)
         prefix_rows = table.rows(prefix.repeat_interleave(num_tables, dim=0))
-    past_rows = None if past is None else layer.history["rows"].flatten(0, 1)  # type: ignore[union-attr]
+    past_rows = None if past is None else layer.history["rows"].flatten(0, 1)
     if by_occurrence:
         rows = _orthogonalized(rows, past_rows, met, first, prefix.shape[1])
     met_rows = torch.cat([part for part in (prefix_rows, past_rows, rows) if part is not None], dim=1)
