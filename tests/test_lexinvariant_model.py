@@ -7,6 +7,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from transformers.utils.generic import find_labels
 
 from rarezoo import LexinvariantForCausalLM
 from rarezoo.lexinvariant.configuration_lexinvariant import TABLES
@@ -72,6 +73,20 @@ def test_nothing_is_tied():
     model.tie_weights()
     assert model.get_output_embeddings() is None
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("fields", [dict(), dict(qk_norm=False, relative_attention_bias_shared=True)], ids=str)
+def test_first_weights(fields):
+    """Also of modules that have no weights of their own, and not those of a loaded model."""
+    model = build(initialization="mimetic", final_norm_init=0.2, attn_scale_init=8.0, **fields)
+    assert (model.model.norm.weight == 0.2).all()
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        assert (layer.input_layernorm.weight == 1).all()
+        assert torch.equal(attention.q_proj.weight, attention.k_proj.weight)
+        torch.testing.assert_close(attention.o_proj.weight, 0.7 * attention.v_proj.weight.T)
+        torch.testing.assert_close(attention.v_proj.weight.T @ attention.v_proj.weight, torch.eye(32))
+        assert attention.attn_scale is None or (attention.attn_scale == 8).all()
 
 
 # --- what may be changed ----------------------------------------------------------------------------------------------
@@ -196,6 +211,7 @@ def test_the_loss_while_training_is_that_of_the_logits(variant):
 
 @torch.no_grad()
 def test_labels_that_are_shifted_already():
+    assert find_labels(LexinvariantForCausalLM) == ["labels"], "the Trainer waits for all others too"
     model, inputs = build(), batch()
     ids = inputs["input_ids"]
     shifted = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)

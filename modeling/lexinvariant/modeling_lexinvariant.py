@@ -495,6 +495,11 @@ class LexinvariantPreTrainedModel(PreTrainedModel):
         self.config.vocab_size = self.vocab_size = size  # the latter as in transformers
         return embedding
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # Custom code is not asked about modules without weights of their own, lest it overwrite loaded ones. The
+        # functions below leave those alone, and attention and the whole model have a say about their parts.
+        super()._initialize_weights(module, is_custom_code=False)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         config = self.config
@@ -682,7 +687,6 @@ class LexinvariantForCausalLM(LexinvariantPreTrainedModel, GenerationMixin):
         lex_seeds: Tensor | None = None,
         num_tables: int = 1,
         skip_logits: bool | None = None,
-        shift_labels: Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """
@@ -702,8 +706,9 @@ class LexinvariantForCausalLM(LexinvariantPreTrainedModel, GenerationMixin):
                 `config.eval_seed` for all in evaluation.
             num_tables: number of tables over which probabilities are averaged (arXiv 2305.16349, formula 5).
             skip_logits: whether to compute the loss only; by default, while training with labels.
-            shift_labels: (batch, length), instead of what `labels` say: labels that stand where they are predicted, as
-                training on parts of sequences gives them.
+            kwargs: `num_items_in_batch`, by which the loss is divided instead of the number of pairs; `shift_labels`
+                (batch, length), instead of what `labels` say: labels that stand where they are predicted, as training
+                on parts of sequences gives them; what attention kernels take.
 
         Returns:
             loss: mean over pairs of real tokens. logits: (batch, length, vocab_size) float32; with num_tables above 1,
@@ -738,7 +743,7 @@ class LexinvariantForCausalLM(LexinvariantPreTrainedModel, GenerationMixin):
         length = hidden.shape[1]
         loss = logits = None
         if labels is not None:
-            targets, counted = self._targets(labels, shift_labels, attention_mask)
+            targets, counted = self._targets(labels, kwargs.get("shift_labels"), attention_mask)
             items = kwargs.get("num_items_in_batch")
             importance = counted / (counted.sum() if items is None else items)
             loss = self._loss(
