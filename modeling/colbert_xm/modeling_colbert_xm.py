@@ -5,7 +5,9 @@ all languages. The head is colbert-ai's: a projection without bias, masked, L2-n
 to 4).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -20,10 +22,13 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .configuration_colbert_xm import ColBERTXMConfig
+from .language_codes import check_new_code
 from .max_sim import Ranking, max_sim, rerank
 from .processing_colbert_xm import ColBERTXMProcessor
 
 Language = str | None | Sequence[str | None] | Callable[[str], str]
+# Not an attribute of the model: locks can be neither copied nor pickled.
+_MODE_LOCK = threading.Lock()
 
 
 @dataclass
@@ -49,7 +54,7 @@ class LanguageAdapterOutput(XmodOutput):
     """
 
     def lang_adapter(self, lang_ids, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`lang_ids` is what `group_by_language` made of them."""
+        """(batch, length, hidden_size) through the adapters; `lang_ids` is what `group_by_language` gives."""
         residual = hidden_states
         if self.adapter_layer_norm is not None:
             hidden_states = self.adapter_layer_norm(hidden_states)
@@ -68,7 +73,15 @@ class LanguageAdapterOutput(XmodOutput):
 
 @torch.compiler.disable
 def group_by_language(lang_ids: torch.Tensor, languages: Sequence[str]):
-    """The code of the one language of a batch; of several ((code, its rows), …) and the order that undoes the grouping.
+    """Which adapters read which rows of a batch.
+
+    Args:
+        lang_ids: (batch,) int64, indices in `languages`.
+        languages: the codes.
+
+    Returns:
+        The code of the one language of the batch; of several ((code, its rows), …), the rows int64, and the order
+        (batch,) int64 that undoes the grouping.
 
     Raises:
         ValueError: an index is none of a language.
@@ -95,8 +108,24 @@ class ColBERTXMPreTrainedModel(XmodPreTrainedModel):
         config.validate()
         super().__init__(config, *args, **kwargs)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """As in transformers, with the adapters of `languages` only, if they are named, and with `default_language`.
+        Both count for a given `config`, too, which stays as it is.
+
+        Raises:
+            ValueError: there is no such adapter; the message lists the codes.
+        """
+        # Without a configuration of the caller's, its class reads the two.
+        if hasattr(kwargs.get("config"), "choose_languages"):
+            choice = {name: kwargs.pop(name, None) for name in ("languages", "default_language")}
+            kwargs["config"] = deepcopy(kwargs["config"])
+            kwargs["config"].choose_languages(**choice)
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+
     @property
     def backbone(self) -> "ColBERTXMModel":
+        """The X-MOD without the head."""
         return getattr(self, self.base_model_prefix, self)
 
     def _check_length(self, length: int) -> None:
@@ -116,6 +145,7 @@ class ColBERTXMPreTrainedModel(XmodPreTrainedModel):
                 `config.default_language`; or a function that tells the language of a text.
 
         Raises:
+            TypeError: a language is no string.
             ValueError: no adapter for a language, or another number of languages than of texts.
         """
         if callable(language):
@@ -128,23 +158,25 @@ class ColBERTXMPreTrainedModel(XmodPreTrainedModel):
         return torch.tensor([known[name] for name in language], dtype=torch.long, device=self.device)
 
     def set_default_language(self, language: str) -> None:
-        """Set the language of inputs that come without one: X-MOD code, ISO code or BCP-47 tag."""
+        """Set the language of inputs that come without one: X-MOD code, ISO code or BCP-47 tag.
+
+        Raises:
+            ValueError: there is no such adapter; the message lists the codes.
+        """
         self.config.default_language = self.config.languages[self.config.language_id(language)]
 
     def add_language(self, code: str, init_from: str | None = None) -> None:
         """Add the adapter of a new language, to be trained while all else is frozen (`train_language`).
 
         Args:
-            code: its name from now on, such as "eu_ES"; it gets the next index.
+            code: its name from now on, of X-MOD's form, such as "eu_ES"; it gets the next index.
             init_from: a language whose adapter is copied; None initialises at random.
 
         Raises:
-            ValueError: there is such an adapter already, or none to copy.
+            ValueError: there is such an adapter already, or none to copy, or the code has another form. The model is
+                then as it was.
         """
-        if not isinstance(code, str) or not code or "." in code:
-            raise ValueError(f"a language code must be a name such as 'eu_ES'; found {code!r}")
-        if code.lower() in (known.lower() for known in self.config.languages):
-            raise ValueError(f"there is an adapter for {code!r} already")
+        check_new_code(code, self.config.languages)
         source = None if init_from is None else self.config.languages[self.config.language_id(init_from)]
         for layer in self.backbone.encoder.layer:
             adapters = layer.output.adapter_modules
@@ -181,7 +213,10 @@ class ColBERTXMModel(ColBERTXMPreTrainedModel, XmodModel):
             lang_ids: (batch,) int64, indices in `config.languages`; None means `config.default_language`.
 
         Returns:
-            `last_hidden_state` (batch, length, hidden_size), `pooler_output` None.
+            `last_hidden_state` (batch, length, hidden_size) in the model's dtype, `pooler_output` None.
+
+        Raises:
+            ValueError: more tokens than positions, or `lang_ids` of another shape or outside of `config.languages`.
         """
         inputs = input_ids if input_ids is not None else inputs_embeds
         if inputs is not None and not torch.compiler.is_compiling():
@@ -213,6 +248,8 @@ class ColBERTXMForRetrieval(ColBERTXMPreTrainedModel):
         self.roberta = ColBERTXMModel(config)
         self.linear = nn.Linear(config.hidden_size, config.dim, bias=False)
         self._processor: ColBERTXMProcessor | None = None
+        self._encoders = 0
+        self._to_train_again: list[nn.Module] = []
         self.post_init()
 
     @can_return_tuple
@@ -235,7 +272,11 @@ class ColBERTXMForRetrieval(ColBERTXMPreTrainedModel):
                 `config.default_language`.
 
         Returns:
-            `ColBERTXMOutput` with `embeddings` (batch, length, dim) float32 and `mask` (batch, length).
+            `ColBERTXMOutput` with `embeddings` (batch, length, dim) float32 and `mask` (batch, length) int64.
+
+        Raises:
+            ValueError: more tokens than positions, or `lang_ids` or `keep_mask` of another shape, or an index that is
+                none of a language.
         """
         outputs = self.roberta(
             input_ids=input_ids,
@@ -304,6 +345,11 @@ class ColBERTXMForRetrieval(ColBERTXMPreTrainedModel):
 
         Returns:
             Per text (max_query_length, dim) float32 on the CPU, unit vectors, in the order of `texts`.
+
+        Raises:
+            TypeError: texts or languages are no strings, or the processor is none.
+            ValueError: no adapter for a language, another number of languages than of texts, a processor that does not
+                belong to the model, a text of more tokens than positions, or weights that give no finite vectors.
         """
         processor = self._usable_processor(processor)
 
@@ -323,10 +369,11 @@ class ColBERTXMForRetrieval(ColBERTXMPreTrainedModel):
         batch_size: int = 32,
         show_progress_bar: bool = False,
     ) -> list[torch.Tensor]:
-        """Token vectors of documents; arguments as `encode_queries`.
+        """Token vectors of documents; arguments and errors as `encode_queries`.
 
         Returns:
-            Per text (kept tokens, dim) float32 on the CPU: without padding and punctuation.
+            Per text (kept tokens, dim) float32 on the CPU, unit vectors, in the order of `texts`: without padding and
+            punctuation.
         """
         process = self._usable_processor(processor).process_documents
         return self._encode_texts("document", texts, process, language, batch_size, show_progress_bar)
@@ -341,12 +388,10 @@ class ColBERTXMForRetrieval(ColBERTXMPreTrainedModel):
         lang_ids = self.language_ids(language, texts)
         lengths = [len(text) if isinstance(text, str) else 0 for text in texts]
         vectors: list[torch.Tensor] = [torch.empty(0, self.config.dim)] * len(texts)
-        was_training = self.training
-        self.eval()
         title = f"Encoding {kind} texts"
         # Inside another bar, it vanishes when it is done.
         bar = tqdm(total=len(texts), desc=title, unit="text", leave=None, disable=not show_progress_bar)
-        try:
+        with bar, self._evaluation_mode():
             for batch in _batches(lang_ids.tolist(), lengths, batch_size):
                 inputs = process([texts[i] for i in batch])
                 output = self(**inputs.to(self.device), lang_ids=lang_ids[batch])
@@ -354,10 +399,25 @@ class ColBERTXMForRetrieval(ColBERTXMPreTrainedModel):
                 for i, embedding, kept in zip(batch, output.embeddings, output.mask):
                     vectors[i] = embedding[kept.bool()].cpu()
                 bar.update(len(batch))
-        finally:
-            bar.close()
-            self.train(was_training)
         return vectors
+
+    @contextmanager
+    def _evaluation_mode(self) -> Iterator[None]:
+        """Evaluation mode as long as any thread encodes; the last one restores what the first one found."""
+        with _MODE_LOCK:
+            if not self._encoders:
+                self._to_train_again = [module for module in self.modules() if module.training]
+                self.eval()
+            self._encoders += 1
+        try:
+            yield
+        finally:
+            with _MODE_LOCK:
+                self._encoders -= 1
+                if not self._encoders:
+                    for module in self._to_train_again:
+                        module.training = True
+                    self._to_train_again = []
 
     def _usable_processor(self, processor: ColBERTXMProcessor | None) -> ColBERTXMProcessor:
         if processor is None:
@@ -367,11 +427,18 @@ class ColBERTXMForRetrieval(ColBERTXMPreTrainedModel):
         return self.check_processor(processor)
 
     def check_processor(self, processor: ColBERTXMProcessor) -> ColBERTXMProcessor:
-        """The processor, if it belongs to this model.
+        """See that a processor can belong to this model: that it makes queries and documents, and that its tokenizer
+        has no ids beyond the embeddings. Lengths are looked at when a text is encoded.
+
+        Args:
+            processor: of any checkpoint.
+
+        Returns:
+            The processor itself.
 
         Raises:
             TypeError: it is something else, such as a tokenizer.
-            ValueError: another vocabulary, or documents longer than the model's positions.
+            ValueError: its tokenizer has more tokens than `config.vocab_size`.
         """
         if not hasattr(processor, "process_queries"):
             raise TypeError(f"expected a ColBERTXMProcessor; found {type(processor).__name__}")
@@ -398,6 +465,9 @@ class ColBERTXMForRetrieval(ColBERTXMPreTrainedModel):
 
         Returns:
             (queries, documents) float32.
+
+        Raises:
+            TypeError, ValueError: inputs of another form, shape or dim.
         """
         return max_sim(queries, documents, similarity=self.config.similarity, **masks)
 
@@ -410,8 +480,11 @@ class ColBERTXMForRetrieval(ColBERTXMPreTrainedModel):
             top_k: results.
 
         Returns:
-            `Ranking(positions, scores)`, best first. With `similarity="l2"` the order is the same, since all vectors
-            have length 1; the scores are those of the cosine.
+            `Ranking(positions, scores)`, int64 and float32, best first. With `similarity="l2"` the order is the same,
+            since all vectors have length 1; the scores are those of the cosine.
+
+        Raises:
+            TypeError, ValueError: inputs of another form, shape or dim, or `top_k` below 1.
         """
         return rerank(query, documents, top_k, **masks)
 
