@@ -21,8 +21,10 @@ from tqdm.auto import tqdm
 from rarezoo.auto import FAMILIES
 from rarezoo.retrieval import multi_vector_embeddings, sparse_embeddings, storage
 from rarezoo.retrieval.fingerprint import model_fingerprint, processor_fingerprint, vocabulary_fingerprint
+from rarezoo.retrieval.identifiers import SeenIds
 from rarezoo.retrieval.multi_vector_embeddings import MultiVectorEmbeddings
-from rarezoo.retrieval.sparse_embeddings import MANIFEST_NAME, SeenIds, SparseEmbeddings, list_shards, shard_name
+from rarezoo.retrieval.shards import MANIFEST_NAME, list_shards, shard_name
+from rarezoo.retrieval.sparse_embeddings import SparseEmbeddings
 
 # Jobs begun by rarezoo's first version do not know them, and may be resumed.
 _LATER_SETTINGS = ("vocabulary", "dtype")

@@ -38,7 +38,8 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from rarezoo.retrieval import storage
-from rarezoo.retrieval.multi_vector_embeddings import KIND, MultiVectorEmbeddings, packed_rows, read_manifest_of_kind
+from rarezoo.retrieval.identifiers import PackedIds, SeenIds, digest_ids, listed_ids
+from rarezoo.retrieval.multi_vector_embeddings import KIND, MultiVectorEmbeddings, packed_rows
 from rarezoo.retrieval.residual_codec import (
     CentroidTree,
     ResidualCodec,
@@ -46,7 +47,7 @@ from rarezoo.retrieval.residual_codec import (
     default_num_centroids,
     train_centroids,
 )
-from rarezoo.retrieval.sparse_embeddings import PackedIds, SeenIds, SparseEmbeddings, digest_ids, listed_ids
+from rarezoo.retrieval.sparse_embeddings import SparseEmbeddings
 
 MANIFEST_NAME = "index.json"
 FORMAT_VERSION = 1
@@ -969,7 +970,7 @@ def _inverted(codes: np.ndarray, token_offsets: np.ndarray, num_centroids: int) 
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    return read_manifest_of_kind(folder / MANIFEST_NAME, "index", FORMAT_VERSION)
+    return storage.read_manifest(folder / MANIFEST_NAME, KIND, "index", FORMAT_VERSION)
 
 
 def _write_manifest(folder: Path, segments: list[dict[str, Any]], encoder: _Encoder, fingerprint: str | None) -> None:

@@ -31,14 +31,8 @@ import scipy.sparse
 from tqdm.auto import tqdm
 
 from rarezoo.retrieval import storage
-from rarezoo.retrieval.sparse_embeddings import (
-    PackedIds,
-    SeenIds,
-    SparseEmbeddings,
-    canonical_rows,
-    digest_ids,
-    listed_ids,
-)
+from rarezoo.retrieval.identifiers import PackedIds, SeenIds, digest_ids, listed_ids
+from rarezoo.retrieval.sparse_embeddings import KIND, SparseEmbeddings, canonical_rows
 
 MANIFEST_NAME = "index.json"
 FORMAT_VERSION = 1
@@ -603,7 +597,7 @@ def _invert(group: list[_Rows], vocab_size: int) -> dict[str, np.ndarray]:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    return storage.read_manifest(folder / MANIFEST_NAME, "index", FORMAT_VERSION)
+    return storage.read_manifest(folder / MANIFEST_NAME, KIND, "index", FORMAT_VERSION)
 
 
 def _write_manifest(folder: Path, segments: list[dict[str, Any]], origin: SparseEmbeddings | SparseIndex) -> None:
@@ -612,7 +606,7 @@ def _write_manifest(folder: Path, segments: list[dict[str, Any]], origin: Sparse
     manifest = {
         "format": "rarezoo.sparse_index",
         "format_version": FORMAT_VERSION,
-        "kind": "sparse",
+        "kind": KIND,
         "fingerprint": origin.fingerprint,
         "vocabulary": origin.vocabulary,
         "vocab_size": origin.vocab_size,

@@ -21,7 +21,7 @@ from rarezoo.retrieval.multi_vector_embeddings import (
     write_manifest,
     write_shard,
 )
-from rarezoo.retrieval.sparse_embeddings import shard_name
+from rarezoo.retrieval.shards import shard_name
 
 
 def ragged(count: int, dim: int = 8, seed: int = 0, dtype=np.float32) -> list[np.ndarray]:
