@@ -361,6 +361,37 @@ def test_evaluation_ranks_all_documents_of_its_rows(tmp_path, model, processor):
     assert {"eval_ranking_loss", "eval_in_batch_loss", "eval_accuracy"} <= set(trainer.state.log_history[-1])
 
 
+def test_a_collapsed_model_finds_nothing(tmp_path, model, processor):
+    """All vectors are the same, and so are all scores: the positive is not the best one, but one of many."""
+    with torch.no_grad():
+        last = model.roberta.encoder.layer[-1].output.LayerNorm
+        last.weight.zero_()
+        last.bias.fill_(1.0)
+    documents = 2 * len(ROWS)
+    trainer = LateInteractionTrainer(
+        model,
+        arguments(tmp_path, per_device_eval_batch_size=len(ROWS)),
+        eval_dataset=ROWS,
+        data_collator=LateInteractionCollator(processor, model.config),
+        processing_class=processor,
+    )
+    metrics = trainer.evaluate()
+    assert metrics["eval_mrr@10"] == 0
+    assert trainer.state.log_history[-1]["eval_accuracy"] == pytest.approx(1 / documents)
+
+
+def test_accuracy_counts_ties_by_chance():
+    """By hand: dim 1, one vector a text, so that a score is a product."""
+    queries = torch.tensor([1.0, 1.0, 1.0]).view(3, 1, 1)
+    documents = torch.tensor([[3.0, 1.0], [3.0, 2.0], [0.5, 0.25]]).view(3, 2, 1, 1)
+    _, metrics = LateInteractionObjective()(queries, documents)
+    assert metrics["accuracy"].item() == pytest.approx((1 / 2 + 1 / 2 + 0) / 3)
+    _, metrics = LateInteractionObjective(in_batch_weight=0)(queries, documents)
+    assert metrics["accuracy"].item() == 1
+    _, metrics = LateInteractionObjective(in_batch_weight=0)(queries, torch.ones(3, 4, 1, 1))
+    assert metrics["accuracy"].item() == 0.25
+
+
 # --- recipes ----------------------------------------------------------------------------------------------------------
 
 

@@ -9,19 +9,20 @@ from __future__ import annotations
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments, XmodForMaskedLM
-from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint, set_seed
+from transformers.utils import logging
 
-from rarezoo.training.trainer import call_through
+from rarezoo.training.trainer import call_through, finite, show_progress_bar_alone
 
 NOT_PREDICTED = -100
 
@@ -75,7 +76,8 @@ def train_language(
 ) -> dict[str, float]:
     """Train the adapter that `model.add_language(code)` added, in place, by masked language modelling on its texts.
 
-    Nothing else changes: the vectors of all other languages stay bit-identical. Of the masked tokens 80 % become
+    Nothing else changes: the vectors of all other languages stay bit-identical, and what trains, and what is in
+    training mode, of `model` and of a `language_model` is afterwards as before. Of the masked tokens 80 % become
     `<mask>`, 10 % a random token, 10 % stay. Neither the paper nor X-MOD's gives steps and rates for a retriever's new
     language: the defaults are the usual ones of adapters.
 
@@ -103,18 +105,21 @@ def train_language(
         `{"first_loss", "last_loss", "steps"}`, the losses being means over a hundredth of the run.
 
     Raises:
+        TypeError: `processor` is no processor.
         ValueError: the model has no such language, there are no texts, or the language model does not fit.
+        FloatingPointError: the loss became infinite or NaN; the adapter is of no use then.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, found {steps}")
     model.check_processor(processor)
     language = model.config.language_id(code)
     pieces = _pieces(processor.tokenizer, texts, max_length)
-    head = _frozen_head(language_model, model)
     set_seed(seed)
-    with tempfile.TemporaryDirectory() as scratch, _only_adapter_trains(model, model.config.languages[language]):
+    with ExitStack() as stack:
+        head = stack.enter_context(_frozen_head(language_model, model))
+        stack.enter_context(_only_adapter_trains(model, model.config.languages[language]))
         settings = {
-            "output_dir": str(output_dir or scratch),
+            "output_dir": str(output_dir or stack.enter_context(tempfile.TemporaryDirectory())),
             "max_steps": steps,
             "per_device_train_batch_size": batch_size,
             "learning_rate": learning_rate,
@@ -130,6 +135,7 @@ def train_language(
             "save_steps": max(steps // 10, 1),
             "save_total_limit": 2,
             "dataloader_pin_memory": torch.cuda.is_available(),
+            "disable_tqdm": not logging.is_progress_bar_enabled(),
         }
         trainer = _AdapterTrainer(
             model=model,
@@ -138,7 +144,7 @@ def train_language(
             data_collator=_Masking(processor.tokenizer, masked_share, seed),
             processing_class=processor,
         )
-        trainer.pop_callback(PrinterCallback)
+        show_progress_bar_alone(trainer)
         trainer.language, trainer.chunk_size = language, chunk_size
         trainer.head = None if head is None else head.to(trainer.args.device)
         found = get_last_checkpoint(output_dir) if output_dir and Path(output_dir).is_dir() else None
@@ -164,8 +170,13 @@ class _AdapterTrainer(Trainer):
                 output.last_hidden_state, inputs["labels"], self.head, embeddings, self.chunk_size
             )
 
-        value = call_through(model, loss)
+        # accelerate hangs its autocast on the forward pass of the whole retriever, which is not called here.
+        with self.accelerator.autocast():
+            value = call_through(model, loss)
         return (value, {}) if return_outputs else value
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        return finite(super().training_step(model, inputs, num_items_in_batch), self.state.global_step + 1)
 
 
 class _Masking:
@@ -183,24 +194,39 @@ class _Masking:
 
 
 @contextmanager
-def _only_adapter_trains(model: Any, code: str) -> Iterator[None]:
-    """All other weights are frozen for a while."""
-    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    was_training = model.training
+def _left_as_found(module: nn.Module) -> Iterator[None]:
+    """Which weights train, and which modules are in training mode, is afterwards as it was."""
+    trained = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+    modes = {name: inner.training for name, inner in module.named_modules()}
     try:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad = f".adapter_modules.{code}." in name
         yield
     finally:
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad = trained[name]
+        for name, inner in module.named_modules():
+            inner.training = modes[name]
+
+
+@contextmanager
+def _only_adapter_trains(model: Any, code: str) -> Iterator[None]:
+    """All other weights are frozen for a while."""
+    with _left_as_found(model):
         for name, parameter in model.named_parameters():
-            parameter.requires_grad = before[name]
-        model.zero_grad()
-        model.train(was_training)
+            parameter.requires_grad = f".adapter_modules.{code}." in name
+        try:
+            yield
+        finally:
+            model.zero_grad()
+            # With bf16, accelerate leaves its autocast on the model: vectors would not be those of before.
+            extract_model_from_parallel(model, keep_fp32_wrapper=False)
 
 
-def _frozen_head(language_model: str | Path | XmodForMaskedLM | None, model: Any) -> nn.Module | None:
+@contextmanager
+def _frozen_head(language_model: str | Path | XmodForMaskedLM | None, model: Any) -> Iterator[nn.Module | None]:
+    """The head of a language model, frozen for a while. It may share weights with the embeddings of the caller's."""
     if language_model is None:
-        return None
+        yield None
+        return
     head = (language_model if isinstance(language_model, nn.Module) else _opened(language_model)).lm_head
     shape = (model.config.vocab_size, model.config.hidden_size)
     if tuple(head.decoder.weight.shape) != shape:
@@ -208,7 +234,10 @@ def _frozen_head(language_model: str | Path | XmodForMaskedLM | None, model: Any
             f"the language model's head must be of (vocab_size, hidden_size) = {shape}, "
             f"found {tuple(head.decoder.weight.shape)}"
         )
-    return head.eval().requires_grad_(False)
+    device = head.decoder.weight.device
+    with _left_as_found(head):
+        yield head.eval().requires_grad_(False)
+    head.to(device)
 
 
 def _opened(source: str | Path) -> Any:

@@ -23,7 +23,6 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import set_seed
 from transformers.utils import logging
 
@@ -44,7 +43,12 @@ from rarezoo.training.recipe import (
     family_of,
     write_whole,
 )
-from rarezoo.training.trainer import LateInteractionTrainer, RetrievalTrainer, SparseRetrievalTrainer
+from rarezoo.training.trainer import (
+    LateInteractionTrainer,
+    RetrievalTrainer,
+    SparseRetrievalTrainer,
+    show_progress_bar_alone,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -116,10 +120,7 @@ def train(
         processing_class=processor,
         callbacks=callbacks,
     )
-    # Without progress bars, transformers prints a line for every log entry instead; these stand in the log file.
-    trainer.pop_callback(PrinterCallback)
-    if trainer.pop_callback(ProgressCallback) is not None:
-        trainer.add_callback(_QuietProgressCallback)
+    show_progress_bar_alone(trainer)
     if processes.is_main_process:
         dataclasses.replace(recipe, lora=hasattr(model, "merge_and_unload")).save(output_dir / RECIPE_FILE)
     result = trainer.train(resume_from_checkpoint=_last_whole_checkpoint(checkpoints))
@@ -453,20 +454,3 @@ def _merge(recipe: TrainingRecipe, model: Any, adapter: Path) -> PreTrainedModel
     family = _family(model.get_base_model().config.model_type, recipe.representation)
     base = _load_weights(recipe, family, lora=True, quantization=None)
     return PeftModel.from_pretrained(base, adapter).merge_and_unload()
-
-
-class _QuietProgressCallback(ProgressCallback):
-    """The progress bar alone, with the figures to watch at its end instead of a printed line for every log entry."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.training_bar is None or not logs or "ranking_loss" not in logs:
-            return
-        figures = f"loss {logs['ranking_loss']:.3f}"
-        if "query_active_dimensions" in logs:
-            figures += (
-                f", active {logs['query_active_dimensions']:.0f} (query) "
-                f"{logs['document_active_dimensions']:.0f} (document)"
-            )
-        if "accuracy" in logs:
-            figures += f", accuracy {logs['accuracy']:.2f}"
-        self.training_bar.set_postfix_str(figures)
