@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from rarezoo.retrieval import multi_vector_index
+from rarezoo.retrieval import multi_vector_segments
 from rarezoo.retrieval.multi_vector_embeddings import MultiVectorEmbeddings
 from rarezoo.retrieval.multi_vector_index import PRECISIONS, MultiVectorIndex
 from rarezoo.retrieval.residual_codec import ResidualCodec
@@ -251,7 +251,7 @@ def test_segments_change_nothing(collection, tmp_path: Path, monkeypatch: pytest
         for limits in ({"SEGMENT_DOCUMENTS": 700}, {"SEGMENT_VECTORS": 7000}):
             with monkeypatch.context() as patch:
                 for name, value in limits.items():
-                    patch.setattr(multi_vector_index, name, value)
+                    patch.setattr(multi_vector_segments, name, value)
                 target = tmp_path / f"{precision} {limits}"
                 index = MultiVectorIndex.build(container(rows), target, precision, codec=codec)
                 assert len(list(index.folder.glob("segment-*"))) > 2

@@ -17,7 +17,7 @@ import scipy.sparse
 import torch
 from safetensors.numpy import load_file
 
-from rarezoo.retrieval import SparseEmbeddings, SparseIndex, sparse_index, storage
+from rarezoo.retrieval import SparseEmbeddings, SparseIndex, segmented_index, sparse_index, storage
 
 pytest.importorskip("numba")
 
@@ -484,20 +484,20 @@ def test_an_index_is_opened_while_another_process_changes_it(small, monkeypatch,
     """Between reading the manifest and opening what it lists, all of that is compacted away, several times over."""
     writer, documents = small
     queries = documents.matrix[:3]
-    read = sparse_index._read_manifest
+    read = segmented_index._read_manifest
     left = list(range(changes))
 
-    def read_and_be_overtaken(folder: Path) -> dict:
-        manifest = read(folder)
+    def read_and_be_overtaken(folder: Path, kind: str) -> dict:
+        manifest = read(folder, kind)
         if left:
             number = left.pop()
             with monkeypatch.context() as undisturbed:
-                undisturbed.setattr(sparse_index, "_read_manifest", read)
+                undisturbed.setattr(segmented_index, "_read_manifest", read)
                 writer.add(embeddings(f"{number}-", random_rows(2, 20, 4, np.random.default_rng(number))))
                 writer.compact()
         return manifest
 
-    monkeypatch.setattr(sparse_index, "_read_manifest", read_and_be_overtaken)
+    monkeypatch.setattr(segmented_index, "_read_manifest", read_and_be_overtaken)
     reader = SparseIndex.open(writer.folder)
     assert not left and len(reader) == 30 + 2 * changes
     assert reader.search(queries) == writer.search(queries)
