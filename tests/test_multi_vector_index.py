@@ -6,7 +6,6 @@ import itertools
 import json
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,8 @@ from rarezoo.retrieval import multi_vector_segments
 from rarezoo.retrieval.multi_vector_embeddings import MultiVectorEmbeddings
 from rarezoo.retrieval.multi_vector_index import PRECISIONS, MultiVectorIndex
 from rarezoo.retrieval.residual_codec import ResidualCodec
+
+from .folders import contents, file_limit
 
 DIM = 16
 COMPRESSED = [precision for precision in PRECISIONS if precision != "float32"]
@@ -65,10 +66,6 @@ def assert_same(found, expected, tolerance: float = 1e-5) -> None:
 
 def some_queries(generator: np.random.Generator, count: int = 4) -> list[np.ndarray]:
     return [unit(generator.standard_normal((length, DIM))) for length in generator.integers(1, 6, count)]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def stored(index: MultiVectorIndex, rows: Rows) -> Rows:
@@ -474,19 +471,6 @@ def test_a_damaged_codec_is_named(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"codec\.safetensors is missing"):
         MultiVectorIndex.open(folder)
-
-
-@contextmanager
-def file_limit(size: int):
-    """Writing more than `size` bytes to one file fails as on a full disk."""
-    import resource
-
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("size", [200, 2000])

@@ -19,6 +19,8 @@ from safetensors.numpy import load_file
 
 from rarezoo.retrieval import SparseEmbeddings, SparseIndex, segmented_index, sparse_index, storage
 
+from .folders import contents
+
 pytest.importorskip("numba")
 
 
@@ -45,10 +47,6 @@ def brute_force(documents: dict[str, np.ndarray], queries: scipy.sparse.csr_matr
 
 def by_name(container: SparseEmbeddings) -> dict[str, np.ndarray]:
     return dict(zip(container.ids, container.matrix.toarray()))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture
