@@ -77,7 +77,7 @@ def test_documents_up_to_the_last_position(model, tokenizer):
 def test_documents_beyond_the_last_position(model, tokenizer):
     """Only where a text is that long: then nothing is cut in silence."""
     processor = ColBERTXMProcessor(tokenizer, max_query_length=513, max_document_length=513)
-    with pytest.raises(ValueError, match="the input has 513 tokens, but the model takes 512; lower .*document_length"):
+    with pytest.raises(ValueError, match=r"the input has 513 tokens, but the model takes 512; lower .*document_length"):
         model.encode_documents(["rain", LONG], processor)
     with pytest.raises(ValueError, match="the input has 513 tokens, but the model takes 512"):
         model.encode_queries("rain", processor)

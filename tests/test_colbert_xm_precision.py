@@ -1,4 +1,4 @@
-"""ColBERT-XM compiled, in bfloat16 and with quantized layers: the vectors stay float32 of length 1, the head is spared."""
+"""ColBERT-XM compiled, in bfloat16 and with quantized layers: vectors stay float32 of length 1, the head is spared."""
 
 import json
 
