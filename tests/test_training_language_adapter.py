@@ -125,6 +125,13 @@ def test_a_loss_that_is_not_finite_ends_the_training(model, processor):
         train_language(model, "eu", texts(), processor, steps=20, **{**SETTINGS, "learning_rate": 1e30})
 
 
+def test_pieces_are_as_long_as_the_model_takes(model, processor):
+    """128 positions here; by default, pieces of 256 tokens."""
+    settings = {name: value for name, value in SETTINGS.items() if name != "max_length"}
+    report = train_language(model, "eu", [" ".join(texts(60))], processor, steps=2, **settings)
+    assert report["steps"] == 2
+
+
 def test_nothing_is_printed_but_a_progress_bar(model, processor, monkeypatch, capfd):
     shown_bar = functools.partial(trainer_callback.tqdm, disable=False)
     monkeypatch.setattr(trainer_callback, "tqdm", shown_bar)

@@ -84,14 +84,14 @@ def train_language(
     Args:
         model: a multi-vector retriever with an X-MOD backbone.
         code: the language; any name by which the model finds it.
-        texts: raw texts in the language; long ones are cut into pieces of `max_length` tokens.
+        texts: raw texts in the language (`read_texts` reads files); long ones are cut into pieces.
         processor: the retriever's processor; only its tokenizer is used.
         language_model: an X-MOD language model of the same vocabulary and width (such as facebook/xmod-base), as a
             model, folder or Hub name, whose head is used, frozen, on top of the hidden states. None multiplies them
             with the embeddings.
         steps: optimiser steps.
         batch_size: pieces per step and process.
-        max_length: tokens of a piece, `<s>` and `</s>` included.
+        max_length: tokens of a piece, `<s>` and `</s>` included; at most as many as the model has positions.
         masked_share: share of the tokens that are to be predicted.
         learning_rate: highest value; linear warm-up over `warmup_ratio` of the steps, then linear decay.
         chunk_size: masked tokens whose logits are in memory at one time.
@@ -113,7 +113,8 @@ def train_language(
         raise ValueError(f"steps must be at least 1, found {steps}")
     model.check_processor(processor)
     language = model.config.language_id(code)
-    pieces = _pieces(processor.tokenizer, texts, max_length)
+    longest = model.config.max_position_embeddings - model.config.pad_token_id - 1
+    pieces = _pieces(processor.tokenizer, texts, min(max_length, longest))
     set_seed(seed)
     with ExitStack() as stack:
         head = stack.enter_context(_frozen_head(language_model, model))
