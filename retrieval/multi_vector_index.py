@@ -209,7 +209,8 @@ class MultiVectorIndex(SegmentedIndex[MultiVectorSegment, MultiVectorEmbeddings]
     def _query_rows(self, queries: MultiVectorEmbeddings | Sequence[Any] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(query vectors, dim) float32 and (queries + 1,) offsets."""
         if isinstance(queries, MultiVectorEmbeddings):
-            self._check_queries(queries.fingerprint)
+            if queries.fingerprint is not None:
+                self._check_origin("queries", queries.fingerprint)
             vectors, lengths = queries.vectors, queries.lengths
         elif isinstance(queries, SparseEmbeddings):
             raise TypeError(
@@ -295,7 +296,7 @@ class MultiVectorIndex(SegmentedIndex[MultiVectorSegment, MultiVectorEmbeddings]
                 f"the documents have {embeddings.dim} dimensions, the index {self.dim}: encode them with the model "
                 "that built the index"
             )
-        self._check_documents(embeddings.fingerprint)
+        self._check_origin("new documents", embeddings.fingerprint)
         self._add(embeddings)
 
     def iter_stored(self) -> Iterator[tuple[list[str], np.ndarray, dict[str, np.ndarray]]]:

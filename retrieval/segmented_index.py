@@ -24,6 +24,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from rarezoo.retrieval import storage
+from rarezoo.retrieval.fingerprint import difference
 from rarezoo.retrieval.identifiers import PackedIds, digest_ids, listed_ids
 
 if TYPE_CHECKING:
@@ -258,18 +259,13 @@ class SegmentedIndex(ABC, Generic[SegmentT, EmbeddingsT]):
         for segment in self._segments:
             segment.verify()
 
-    def _check_documents(self, fingerprint: str | None) -> None:
-        if fingerprint != self.fingerprint:
+    def _check_origin(self, name: str, fingerprint: str | None) -> None:
+        """That vectors can be compared with the documents, as their fingerprint tells."""
+        found = difference(fingerprint, self.fingerprint)
+        if found is not None:
             raise ValueError(
-                f"the documents were encoded by {fingerprint or 'an unknown model'}, those in {self.folder} by "
-                f"{self.fingerprint or 'an unknown model'}: encode them with the model that built the index"
-            )
-
-    def _check_queries(self, fingerprint: str | None) -> None:
-        if fingerprint is not None and fingerprint != self.fingerprint:
-            raise ValueError(
-                f"the queries were encoded by model {fingerprint}, the documents in {self.folder} by "
-                f"{self.fingerprint or 'an unknown model'}: encode both with the same model"
+                f"the {name} were encoded {found[0]}, the documents in {self.folder} {found[1]}: use the model and the "
+                "processor that encoded the documents"
             )
 
     def _add(self, embeddings: EmbeddingsT) -> None:

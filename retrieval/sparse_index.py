@@ -163,7 +163,8 @@ class SparseIndex(SegmentedIndex["_Segment", SparseEmbeddings]):
 
     def _query_rows(self, queries: scipy.sparse.csr_matrix | SparseEmbeddings) -> scipy.sparse.csr_matrix:
         if isinstance(queries, SparseEmbeddings):
-            self._check_queries(queries.fingerprint)
+            if queries.fingerprint is not None:
+                self._check_origin("queries", queries.fingerprint)
             self._check_vocabulary("queries", queries)
             queries = queries.matrix
         if not scipy.sparse.issparse(queries):
@@ -249,7 +250,7 @@ class SparseIndex(SegmentedIndex["_Segment", SparseEmbeddings]):
                 f"the documents have {embeddings.vocab_size} vocabulary entries, the index {self.vocab_size}: "
                 "encode them with the model that built the index"
             )
-        self._check_documents(embeddings.fingerprint)
+        self._check_origin("new documents", embeddings.fingerprint)
         self._check_vocabulary("new documents", embeddings)
         self._add(embeddings)
 

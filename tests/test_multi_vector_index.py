@@ -337,10 +337,10 @@ def test_an_index_without_documents(tmp_path: Path) -> None:
 def test_vectors_of_another_model_are_refused(small) -> None:
     index, _ = small
     row = unit(np.ones((2, DIM)))
-    for fingerprint, name in (("another", "another"), (None, "an unknown model")):
-        with pytest.raises(ValueError, match=f"encoded by {name}.*by a model"):
+    for fingerprint, name in (("another", "model another"), (None, "an unknown model")):
+        with pytest.raises(ValueError, match=f"new documents were encoded by {name}, .*by model a model: "):
             index.add(container({"x": row}, fingerprint))
-    with pytest.raises(ValueError, match=r"encoded by model another.*by a model"):
+    with pytest.raises(ValueError, match=r"queries were encoded by model another, .*by model a model: "):
         index.search(container({"q": row}, "another"))
     wide = MultiVectorEmbeddings(["x"], np.ones((1, 2 * DIM)), [1], "a model")
     with pytest.raises(ValueError, match="the documents have 32 dimensions, the index 16"):

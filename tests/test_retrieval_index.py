@@ -243,10 +243,10 @@ def test_vectors_of_another_model_are_refused(small: tuple[SparseIndex, SparseEm
     index, documents = small
     query = documents.matrix[:1]
     others = random_rows(2, 20, 4, np.random.default_rng(7))
-    for fingerprint, name in (("another", "another"), (None, "an unknown model")):
-        with pytest.raises(ValueError, match=f"encoded by {name}.*by a model"):
+    for fingerprint, name in (("another", "model another"), (None, "an unknown model")):
+        with pytest.raises(ValueError, match=f"new documents were encoded by {name}, .*by model a model: "):
             index.add(embeddings("x", others, fingerprint))
-    with pytest.raises(ValueError, match=r"encoded by model another.*by a model"):
+    with pytest.raises(ValueError, match=r"queries were encoded by model another, .*by model a model: "):
         index.search(SparseEmbeddings(["q"], query, "another"))
     expected = index.search(query)
     assert index.search(SparseEmbeddings(["q"], query, "a model")) == expected != [[]]

@@ -177,6 +177,12 @@ class ColBERTXMProcessor(ProcessorMixin):
         return BatchEncoding({"input_ids": input_ids, "attention_mask": attention_mask, "keep_mask": keep_mask})
 
     @property
+    def shared_settings(self) -> dict[str, str | int]:
+        """What queries and documents must agree in to be compared: all else is the choice of one side alone."""
+        markers = self.tokenizer.convert_tokens_to_ids([self.query_marker, self.document_marker])
+        return {"marker_mode": self.marker_mode, "query_marker_id": markers[0], "document_marker_id": markers[1]}
+
+    @property
     def skiplist_ids(self) -> list[int]:
         """Ids, ascending, whose vectors documents do not keep."""
         if self.skiplist_tokens is not None:
