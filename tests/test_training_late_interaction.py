@@ -675,10 +675,10 @@ def invented_rows(number=50):
 
 
 def mean_reciprocal_rank(model, processor, queries, documents):
-    """MRR@10, document i being the answer to query i."""
+    """MRR@10, document i being the answer to query i; a document with the same score stands before it."""
     scores = model.score(model.encode_queries(queries, processor), model.encode_documents(documents, processor))
     answers = scores[: len(queries), : len(queries)].diagonal()
-    ranks = (scores > answers[:, None]).sum(dim=1) + 1
+    ranks = (scores >= answers[:, None]).sum(dim=1)
     return torch.where(ranks <= 10, 1 / ranks, 0.0).mean().item()
 
 
