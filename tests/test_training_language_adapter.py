@@ -125,6 +125,15 @@ def test_a_loss_that_is_not_finite_ends_the_training(model, processor):
         train_language(model, "eu", texts(), processor, steps=20, **{**SETTINGS, "learning_rate": 1e30})
 
 
+def test_accumulated_batches_are_averaged(model, processor, folder):
+    """Not added up: the loss, and with it the clipping of gradients, is that of one batch."""
+    plain = train_language(model, "eu", texts(), processor, steps=1, **SETTINGS)
+    again = ColBERTXMForRetrieval.from_pretrained(folder)
+    again.add_language("eu_ES", init_from="en")
+    accumulated = train_language(again, "eu", texts(), processor, steps=1, gradient_accumulation_steps=4, **SETTINGS)
+    assert accumulated["first_loss"] == pytest.approx(plain["first_loss"], rel=0.3)
+
+
 def test_pieces_are_as_long_as_the_model_takes(model, processor):
     """128 positions here; by default, pieces of 256 tokens."""
     settings = {name: value for name, value in SETTINGS.items() if name != "max_length"}

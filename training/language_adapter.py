@@ -145,6 +145,8 @@ def train_language(
             data_collator=_Masking(processor.tokenizer, masked_share, seed),
             processing_class=processor,
         )
+        # Otherwise the Trainer expects losses that are sums over the tokens of all accumulated batches.
+        trainer.model_accepts_loss_kwargs = False
         show_progress_bar_alone(trainer)
         trainer.language, trainer.chunk_size = language, chunk_size
         trainer.head = None if head is None else head.to(trainer.args.device)
