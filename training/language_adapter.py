@@ -15,14 +15,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments, XmodForMaskedLM
 from transformers.trainer_utils import get_last_checkpoint, set_seed
 from transformers.utils import logging
 
-from rarezoo.training.trainer import call_through, finite, show_progress_bar_alone
+from rarezoo.training.trainer import autocast_removed, call_through, finite, show_progress_bar_alone
 
 NOT_PREDICTED = -100
 
@@ -173,7 +172,7 @@ class _AdapterTrainer(Trainer):
                 output.last_hidden_state, inputs["labels"], self.head, embeddings, self.chunk_size
             )
 
-        # accelerate hangs its autocast on the forward pass of the whole retriever, which is not called here.
+        # accelerate hangs its own on the forward pass of the whole retriever, which is not called here.
         with self.accelerator.autocast():
             value = call_through(model, loss)
         return (value, {}) if return_outputs else value
@@ -213,15 +212,13 @@ def _left_as_found(module: nn.Module) -> Iterator[None]:
 @contextmanager
 def _only_adapter_trains(model: Any, code: str) -> Iterator[None]:
     """All other weights are frozen for a while."""
-    with _left_as_found(model):
+    with _left_as_found(model), autocast_removed(model):
         for name, parameter in model.named_parameters():
             parameter.requires_grad = f".adapter_modules.{code}." in name
         try:
             yield
         finally:
             model.zero_grad()
-            # With bf16, accelerate leaves its autocast on the model: vectors would not be those of before.
-            extract_model_from_parallel(model, keep_fp32_wrapper=False)
 
 
 @contextmanager

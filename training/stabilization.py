@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
-from rarezoo.training.trainer import call_through
+from rarezoo.training.trainer import autocast_removed, call_through, finite, show_progress_bar_alone
 
 
 def stabilization_loss(model: Any, input_ids: Tensor, chunk_size: int = 1024) -> Tensor:
@@ -95,6 +96,10 @@ def stabilize(
 
     Returns:
         `{"first_loss", "last_loss", "steps"}`.
+
+    Raises:
+        ValueError: the model is bidirectional, or there are no texts of two tokens.
+        FloatingPointError: the loss became infinite or NaN.
     """
     retriever = model.get_base_model() if hasattr(model, "get_base_model") else model
     if retriever.config.attention_mode == "bidirectional":
@@ -104,7 +109,7 @@ def stabilize(
     if steps < 1:
         raise ValueError(f"steps must be at least 1, found {steps}")
     blocks = _blocks(processor.tokenizer, texts, block_length)
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, autocast_removed(model):
         settings = {
             "output_dir": str(output_dir or scratch),
             "max_steps": steps,
@@ -113,6 +118,8 @@ def stabilize(
             "lr_scheduler_type": "cosine",
             "warmup_steps": steps // 10 if warmup_steps is None else warmup_steps,
             "bf16": bf16,
+            # Without it, transformers takes bf16 for a request for a GPU.
+            "use_cpu": not torch.accelerator.is_available(),
             "seed": seed,
             "remove_unused_columns": False,
             "report_to": "none",
@@ -121,9 +128,11 @@ def stabilize(
             "save_steps": max(steps // 10, 1),
             "save_total_limit": 2,
             "dataloader_pin_memory": torch.cuda.is_available(),
+            "disable_tqdm": not logging.is_progress_bar_enabled(),
         }
         args = TrainingArguments(**{**settings, **training_arguments})
         trainer = _StabilizationTrainer(model=model, args=args, train_dataset=blocks, processing_class=processor)
+        show_progress_bar_alone(trainer)
         trainer.chunk_size = chunk_size
         found = get_last_checkpoint(args.output_dir) if output_dir and Path(output_dir).is_dir() else None
         trainer.train(resume_from_checkpoint=found)
@@ -136,8 +145,13 @@ class _StabilizationTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         retriever = self.accelerator.unwrap_model(model)
-        loss = call_through(model, lambda: stabilization_loss(retriever, inputs["input_ids"], self.chunk_size))
+        # accelerate hangs its own on the forward pass of the whole retriever, which is not called here.
+        with self.accelerator.autocast():
+            loss = call_through(model, lambda: stabilization_loss(retriever, inputs["input_ids"], self.chunk_size))
         return (loss, {}) if return_outputs else loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        return finite(super().training_step(model, inputs, num_items_in_batch), self.state.global_step + 1)
 
 
 def _blocks(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], block_length: int) -> list[dict[str, Tensor]]:

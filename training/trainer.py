@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -347,6 +349,15 @@ def call_through(wrapper: nn.Module, function: Callable[[], _Result]) -> _Result
         return wrapper()
     finally:
         restore()
+
+
+@contextmanager
+def autocast_removed(model: nn.Module) -> Iterator[None]:
+    """With bf16, accelerate hangs its autocast on a model's forward pass and leaves it there; after this it is gone."""
+    try:
+        yield
+    finally:
+        extract_model_from_parallel(model, keep_fp32_wrapper=False)
 
 
 def finite(loss: Tensor, step: int) -> Tensor:
