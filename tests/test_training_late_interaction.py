@@ -325,6 +325,9 @@ def test_language_of_the_rows(model, processor):
     codes = [languages[i] for i in batch["queries"]["lang_ids"]]
     assert codes == ["sw_KE", "fr_XX", "fr_XX"]
     assert [languages[i] for i in batch["documents"]["lang_ids"]] == codes * 2
+    batch = collator([{**ROWS[0], "language": "sw", "document_language": "en"}, {**ROWS[1], "document_language": "sw"}])
+    assert [languages[i] for i in batch["queries"]["lang_ids"]] == ["sw_KE", "fr_XX"]
+    assert [languages[i] for i in batch["documents"]["lang_ids"]] == ["en_XX", "sw_KE"] * 2
     assert set(LateInteractionCollator(processor, model.config)(ROWS)["queries"]["lang_ids"].tolist()) == {
         model.config.language_id(None)
     }
@@ -340,6 +343,8 @@ def test_ways_to_cut_rows(model, processor):
         LateInteractionCollator(processor, model.config, nway=4)(rows)
     with pytest.raises(ValueError, match="no adapter for the language 'klingon'; expected one of en_XX"):
         LateInteractionCollator(processor, model.config)([{**rows[0], "language": "klingon"}])
+    with pytest.raises(ValueError, match="no adapter for the language 'klingon'"):
+        LateInteractionCollator(processor, model.config)([{**rows[0], "document_language": "klingon"}])
 
 
 def test_evaluation_ranks_all_documents_of_its_rows(tmp_path, model, processor):
