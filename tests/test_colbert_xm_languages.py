@@ -1,12 +1,14 @@
 """Languages of ColBERT-XM: names, adapters per text, threads, adapters that are left out or added."""
 
 import copy
+import json
 import threading
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
-from transformers import AutoModel, XmodModel
+from transformers import AutoConfig, AutoModel, XmodModel
 
 from rarezoo import ColBERTXMConfig, ColBERTXMForRetrieval, ColBERTXMModel, ColBERTXMProcessor
 from rarezoo.colbert_xm.language_codes import find_language
@@ -298,6 +300,17 @@ def test_a_new_language_s_code_has_a_form(model, code, init_from):
         model.add_language(code, init_from=init_from)
     assert (model.config.languages, set(model.state_dict())) == (languages, names)
     assert callable(model.roberta.encoder.layer[0].output.adapter_modules.train)
+
+
+@pytest.mark.parametrize("languages", [["train"], ["en_XX", "a.b"], ["en_XX", ""]])
+def test_codes_in_a_configuration_have_that_form_too(languages, folder, tmp_path):
+    with pytest.raises(StrictDataclassError, match="a language's code must have the form xx_YY"):
+        ColBERTXMConfig(languages=languages)
+    stored = json.loads((folder / "config.json").read_text())
+    stored = {**stored, "languages": languages, "default_language": languages[0], "model_type": "colbert_xm"}
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(StrictDataclassError, match="a language's code must have the form xx_YY"):
+        AutoConfig.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("code", ["fr_XX", "FR_xx"])

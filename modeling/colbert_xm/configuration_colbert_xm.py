@@ -6,7 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import XmodConfig
 
 from .colbert_metadata import SIMILARITIES, is_stanford_layout, read_metadata, stored_dim
-from .language_codes import find_language
+from .language_codes import check_code, find_language
 
 _SIZES = (
     "vocab_size",
@@ -87,6 +87,8 @@ class ColBERTXMConfig(XmodConfig):
             raise ValueError(
                 "is_decoder and add_cross_attention must be False: the family reads text in both directions"
             )
+        for code in self.languages:
+            check_code(code)
         if not self.languages or len(set(self.languages)) != len(self.languages):
             raise ValueError(f"languages must be one or more different codes; found {self.languages}")
         if self.default_language not in self.languages:

@@ -57,21 +57,29 @@ def find_language(language: str, codes: Sequence[str]) -> str:
     raise ValueError(f"no adapter for the language {language!r}; expected one of {', '.join(codes)}")
 
 
-def check_new_code(code: str, codes: Sequence[str]) -> None:
-    """See that a language can be added under this code.
+def check_code(code: str) -> None:
+    """See that an adapter can have this name.
 
     Args:
         code: in X-MOD's form: ISO 639 code, underscore, region or "XX" (or a script), such as "rw_RW", "yue_Hant".
             Other names could be those of attributes of a module.
-        codes: of the adapters that there are.
 
     Raises:
-        ValueError: there is an adapter of this name already, or the code has another form.
+        ValueError: the code has another form.
+    """
+    if not isinstance(code, str) or not _CODE.fullmatch(code):
+        raise ValueError(f"a language's code must have the form xx_YY, such as 'eu_ES' or 'eo_XX'; found {code!r}")
+
+
+def check_new_code(code: str, codes: Sequence[str]) -> None:
+    """See that a language can be added under this code, beside the adapters of `codes`.
+
+    Raises:
+        ValueError: there is an adapter of this name already, or the code has not the form of `check_code`.
     """
     if isinstance(code, str) and code.lower() in (known.lower() for known in codes):
         raise ValueError(f"there is an adapter for {code!r} already")
-    if not isinstance(code, str) or not _CODE.fullmatch(code):
-        raise ValueError(f"a new language's code must have the form xx_YY, such as 'eu_ES' or 'eo_XX'; found {code!r}")
+    check_code(code)
 
 
 def _parse(tag: str) -> tuple[str, set[str]]:

@@ -5,16 +5,13 @@ all languages. The head is colbert-ai's: a projection without bias, masked, L2-n
 to 4).
 """
 
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn.functional import normalize
-from tqdm.auto import tqdm
 from transformers import XmodModel
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.models.xmod.modeling_xmod import XmodAdapter, XmodOutput, XmodPreTrainedModel
@@ -25,10 +22,9 @@ from .configuration_colbert_xm import ColBERTXMConfig
 from .language_codes import check_new_code
 from .max_sim import Ranking, max_sim, rerank
 from .processing_colbert_xm import ColBERTXMProcessor
+from .text_encoding import check_finite, encode_in_batches, list_texts, stored_processor
 
 Language = str | None | Sequence[str | None] | Callable[[str], str]
-# Not an attribute of the model: locks can be neither copied nor pickled.
-_MODE_LOCK = threading.Lock()
 
 
 @dataclass
@@ -248,8 +244,6 @@ class ColBERTXMForRetrieval(ColBERTXMPreTrainedModel):
         self.roberta = ColBERTXMModel(config)
         self.linear = nn.Linear(config.hidden_size, config.dim, bias=False)
         self._processor: ColBERTXMProcessor | None = None
-        self._encoders = 0
-        self._to_train_again: list[nn.Module] = []
         self.post_init()
 
     @can_return_tuple
@@ -378,51 +372,26 @@ class ColBERTXMForRetrieval(ColBERTXMPreTrainedModel):
         process = self._usable_processor(processor).process_documents
         return self._encode_texts("document", texts, process, language, batch_size, show_progress_bar)
 
-    @torch.no_grad()
     def _encode_texts(self, kind, texts, process, language, batch_size, show_progress_bar) -> list[torch.Tensor]:
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be a whole number of at least 1; found {batch_size!r}")
-        if not isinstance(texts, Iterable):
-            raise TypeError(f"expected a text or several; found {type(texts).__name__}")
-        texts = [texts] if isinstance(texts, str) else list(texts)
+        texts = list_texts(texts)
         lang_ids = self.language_ids(language, texts)
-        lengths = [len(text) if isinstance(text, str) else 0 for text in texts]
-        vectors: list[torch.Tensor] = [torch.empty(0, self.config.dim)] * len(texts)
-        title = f"Encoding {kind} texts"
-        # Inside another bar, it vanishes when it is done.
-        bar = tqdm(total=len(texts), desc=title, unit="text", leave=None, disable=not show_progress_bar)
-        with bar, self._evaluation_mode():
-            for batch in _batches(lang_ids.tolist(), lengths, batch_size):
-                inputs = process([texts[i] for i in batch])
-                output = self(**inputs.to(self.device), lang_ids=lang_ids[batch])
-                self._check_finite(output.embeddings, [texts[i] for i in batch])
-                for i, embedding, kept in zip(batch, output.embeddings, output.mask):
-                    vectors[i] = embedding[kept.bool()].cpu()
-                bar.update(len(batch))
-        return vectors
 
-    @contextmanager
-    def _evaluation_mode(self) -> Iterator[None]:
-        """Evaluation mode as long as any thread encodes; the last one restores what the first one found."""
-        with _MODE_LOCK:
-            if not self._encoders:
-                self._to_train_again = [module for module in self.modules() if module.training]
-                self.eval()
-            self._encoders += 1
-        try:
-            yield
-        finally:
-            with _MODE_LOCK:
-                self._encoders -= 1
-                if not self._encoders:
-                    for module in self._to_train_again:
-                        module.training = True
-                    self._to_train_again = []
+        def encode(batch):
+            chosen = [texts[i] for i in batch]
+            output = self(**process(chosen).to(self.device), lang_ids=lang_ids[batch])
+            check_finite(self, output.embeddings, chosen)
+            return [embedding[kept.bool()].cpu() for embedding, kept in zip(output.embeddings, output.mask)]
+
+        title = f"Encoding {kind} texts" if show_progress_bar else None
+        # By language: no adapter waits for another.
+        return encode_in_batches(self, texts, encode, batch_size, title, groups=lang_ids.tolist())
 
     def _usable_processor(self, processor: ColBERTXMProcessor | None) -> ColBERTXMProcessor:
         if processor is None:
             if self._processor is None:
-                self._processor = _stored_processor(self.config)
+                self._processor = stored_processor(ColBERTXMProcessor, self.config)
             processor = self._processor
         return self.check_processor(processor)
 
@@ -448,14 +417,6 @@ class ColBERTXMForRetrieval(ColBERTXMPreTrainedModel):
                 f"{self.config.vocab_size}; they do not belong together"
             )
         return processor
-
-    def _check_finite(self, embeddings: torch.Tensor, texts: Sequence[str]) -> None:
-        broken = (~embeddings.isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist()
-        if broken:
-            raise ValueError(
-                f"the model gives vectors that are not finite, for example for {texts[broken[0]][:80]!r}: its own "
-                f"weights are damaged, or too large for {self.dtype}"
-            )
 
     def score(self, queries, documents, **masks) -> torch.Tensor:
         """MaxSim of all queries with all documents, by `config.similarity`; see `max_sim` for the forms of inputs.
@@ -487,32 +448,3 @@ class ColBERTXMForRetrieval(ColBERTXMPreTrainedModel):
             TypeError, ValueError: inputs of another form, shape or dim, or `top_k` below 1.
         """
         return rerank(query, documents, top_k, **masks)
-
-
-def _batches(lang_ids: Sequence[int], lengths: Sequence[int], batch_size: int) -> Iterable[list[int]]:
-    """Texts of one language and similar length: no adapter waits for another, little is computed on padding."""
-    order = sorted(range(len(lengths)), key=lambda i: (lang_ids[i], lengths[i]))
-    batch: list[int] = []
-    for i in order:
-        if batch and (len(batch) == batch_size or lang_ids[batch[0]] != lang_ids[i]):
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
-
-
-def _stored_processor(config: ColBERTXMConfig) -> ColBERTXMProcessor:
-    source = config._name_or_path
-    if not source:
-        raise ValueError("this model was not loaded from a checkpoint: pass processor=ColBERTXMProcessor(...)")
-    # Where this module itself was loaded from a checkpoint, its user has agreed to run the checkpoint's code.
-    trusted = __name__.startswith("transformers_modules.")
-    revision = getattr(config, "_commit_hash", None)
-    try:
-        return ColBERTXMProcessor.from_pretrained(source, revision=revision, trust_remote_code=trusted)
-    except (OSError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"no processor could be loaded from {source}, where the model comes from; expected processor_config.json "
-            "and a tokenizer beside the weights, or the argument processor=ColBERTXMProcessor(...)"
-        ) from error
