@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import typer
@@ -241,7 +242,8 @@ class _Tour:
                 list(questions.values()), self.processor, language=language, batch_size=64
             )
         ]
-        self.figures["index"], exact = {}, []
+        self.figures["index"] = {}
+        exact: list[set[str]] = []
         typer.echo(f"{'precision':10} {'vectors':>8} {'bytes per vector':>17} {'on disk':>9} {'recall@10':>10}")
         for precision, folder in (("float32", "index"), ("2-bit", "index-2-bit")):
             index: Any = build_index(embeddings, self.output / folder, precision)
@@ -252,14 +254,15 @@ class _Tour:
                 "vectors": index.num_vectors,
                 "bytes per vector": round(size / index.num_vectors, 1),
                 "bytes": size,
-                "recall@10 of exact search": sum(len(a & b) / len(a) for a, b in zip(exact, found)) / len(found),
+                "recall@10 of exact search": fmean(len(a & b) / len(a) for a, b in zip(exact, found)),
             }
             self.figures["index"][precision] = row
             typer.echo(
                 f"{precision:10} {row['vectors']:8,} {row['bytes per vector']:17.1f} {size / 1e6:6.1f} MB "
                 f"{row['recall@10 of exact search']:10.3f}"
             )
-            self.index = index if precision == "float32" else self.index
+            if precision == "float32":
+                self.index = index
 
     def answer(self) -> None:
         title("5. Ask, in every language")
@@ -424,7 +427,7 @@ class _Tour:
 
 
 def _with_mean(values: Mapping[str, float]) -> dict[str, float]:
-    return {**values, "mean": sum(values.values()) / len(values)}
+    return {**values, "mean": fmean(values.values())}
 
 
 def _ndcg(run: Mapping[str, Mapping[str, float]]) -> float:
