@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 RECIPE_FILE = "training_recipe.json"
-
+# Fields that may name a file or folder.
+_PATHS = ("training_data", "queries", "corpus", "evaluation_data", "model", "tokenizer")
 
 _POSITIVE = (
     "vocabulary_size",
@@ -140,6 +141,12 @@ class TrainingRecipe:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+    def without_folders(self) -> Self:
+        """The recipe with the last names of absolute paths: what may be published."""
+        paths = {name: getattr(self, name) for name in _PATHS}
+        names = {name: Path(path).name for name, path in paths.items() if path and os.path.isabs(path)}
+        return dataclasses.replace(self, **names)
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Self:
