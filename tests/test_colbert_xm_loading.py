@@ -13,11 +13,20 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModel, AutoProcessor, AutoTokenizer, XmodModel, XmodPreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoProcessor,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    XmodConfig,
+    XmodModel,
+    XmodPreTrainedModel,
+)
 
-from rarezoo import ColBERTXMConfig, ColBERTXMForRetrieval, ColBERTXMProcessor
+from rarezoo import ColBERTXMConfig, ColBERTXMForRetrieval, ColBERTXMModel, ColBERTXMProcessor
 from rarezoo.conversion import convert
-from rarezoo.model_cards import write_card
+from rarezoo.model_cards import checkpoint_files, write_card
 from rarezoo.training import LateInteractionRecipe, train, train_language
 
 LAYOUTS = ("ours", "saved", "pruned", "stanford", "pylate")
@@ -100,6 +109,34 @@ def test_the_official_folder_fits_to_the_last_tensor(official):
     assert all(torch.equal(found[name], stored[name]) for name in found)
 
 
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    """transformers would open it with random adapters and a random projection."""
+    small = dict(vocab_size=40, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    BertModel(BertConfig(**small)).save_pretrained(tmp_path)
+    for opener in (ColBERTXMForRetrieval, ColBERTXMModel, ColBERTXMConfig):
+        with pytest.raises(ValueError, match="model_type 'bert'; expected 'colbert_xm', or 'xmod': a checkpoint of"):
+            opener.from_pretrained(tmp_path)
+
+
+def test_a_language_model_has_no_projection(official, tmp_path, caplog):
+    """It may be opened, for training, with a word on what is random."""
+    model = ColBERTXMForRetrieval.from_pretrained(official)
+    fields = {name: getattr(model.config, name) for name in XmodConfig.__annotations__}
+    bare = XmodModel(XmodConfig(**fields))
+    bare.load_state_dict(model.roberta.state_dict(), strict=False)
+    bare.save_pretrained(tmp_path / "bare")
+    model.save_pretrained(tmp_path / "whole")
+    ColBERTXMModel.from_pretrained(tmp_path / "bare")
+    ColBERTXMForRetrieval.from_pretrained(tmp_path / "whole")
+    assert "projection is random" not in caplog.text
+    opened = ColBERTXMForRetrieval.from_pretrained(tmp_path / "bare", dim=8)
+    assert "no linear.weight: the projection is random, and until it is trained the vectors mean nothing" in caplog.text
+    assert opened.linear.weight.shape == (8, 32)
+    assert all(
+        parameter.equal(model.roberta.get_parameter(name)) for name, parameter in opened.roberta.named_parameters()
+    )
+
+
 class PlainColBERT(XmodPreTrainedModel):
     """What colbert-ai makes of a folder: transformers' own X-MOD under `roberta`, and `linear`."""
 
@@ -169,6 +206,32 @@ def test_a_pruned_checkpoint_is_as_small_as_its_languages(layouts, official):
 
 # --- writing ----------------------------------------------------------------------------------------------------------
 
+
+def test_saving_writes_the_metadata_of_colbert_ai(layouts, official, tmp_path):
+    """Whichever is saved first, as the export has it; our own files are what is read."""
+    expected = json.loads((layouts / "stanford" / "artifact.metadata").read_text())
+    assert {"query_token_id", "doc_maxlen", "dim", "similarity", "interaction"} <= expected.keys()
+    model, processor = ColBERTXMForRetrieval.from_pretrained(official), ColBERTXMProcessor.from_pretrained(official)
+    for name, parts in (("model_first", (model, processor)), ("processor_first", (processor, model))):
+        for part in parts:
+            part.save_pretrained(tmp_path / name)
+    for folder in (layouts / "ours", layouts / "saved", tmp_path / "model_first", tmp_path / "processor_first"):
+        assert json.loads((folder / "artifact.metadata").read_text()) == expected
+        assert "artifact.metadata" in checkpoint_files(folder)
+    folder = tmp_path / "model_first"
+    (folder / "artifact.metadata").write_text(json.dumps({**expected, "query_maxlen": 9, "dim": 3, "root": PLACE}))
+    opened, options = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    assert (opened.config.dim, options.max_query_length) == (16, 16)
+    convert("colbert_xm", folder, tmp_path / "stanford", to="official")
+    opened.save_pretrained(folder)
+    assert json.loads((folder / "artifact.metadata").read_text()) == {**expected, "query_maxlen": 9}
+    (folder / "artifact.metadata").write_text("{")
+    options.save_pretrained(folder)
+    opened.save_pretrained(folder)
+    for found in (folder, tmp_path / "stanford"):
+        assert json.loads((found / "artifact.metadata").read_text()) == expected
+
+
 OWNER, PLACE = "aliciaspecimen", "/home/aliciaspecimen"
 
 
@@ -208,8 +271,6 @@ def test_saved_files_tell_nothing_of_the_machine(official, tmp_path):
         logging_steps=1,
     )  # fmt: skip
     train(recipe, written / "trained", rows=rows)
-    # The recipe is the user's own text, by which a run is repeated: it keeps the paths that were given.
-    (written / "trained" / "training_recipe.json").unlink()
     model, processor = (auto.from_pretrained(written / "ours") for auto in (AutoModel, AutoProcessor))
     model.add_language("eu_ES")
     train_language(model, "eu", ["rain in the hills"] * 4, processor, steps=2, disable_tqdm=True)

@@ -128,6 +128,28 @@ def test_quantized_layers_leave_the_head_alone(wide, processor, texts, scheme):
     assert rank_correlation(*scores) > (0.98 if scheme == "int8" else 0.8)
 
 
+@pytest.mark.filterwarnings("ignore:.*bitsandbytes::", "ignore:.*MatMul8bitLt")
+@pytest.mark.parametrize("init_from", [None, "fr"])
+@pytest.mark.parametrize("scheme", QUANTIZED)
+def test_languages_added_to_a_quantized_model(wide, processor, tmp_path, scheme, init_from):
+    """Random adapters stay in full precision, and are read so again; copies are as their source."""
+    pytest.importorskip("bitsandbytes")
+    options = {"quantization_config": BitsAndBytesConfig(**QUANTIZED[scheme]), "dtype": torch.float32}
+    quantized = AutoModel.from_pretrained(wide, device_map={"": "cpu"}, **options)
+    quantized.add_language("rw_RW", init_from=init_from)
+    quantized.add_language("eu_ES", init_from=init_from)
+    quantized.save_pretrained(tmp_path)
+    reloaded = AutoModel.from_pretrained(tmp_path)
+    plain = {name for name, module in reloaded.named_modules() if type(module) is torch.nn.Linear}
+    new = {name for name, _ in reloaded.named_modules() if "_RW.dense" in name or "_ES.dense" in name}
+    assert len(new) == 8 and plain == {"linear"} | (new if init_from is None else set())
+    vectors = {}
+    for language in ("fr", "rw", "eu"):
+        vectors[language] = reloaded.encode_documents("rain", processor, language=language)[0]
+        assert torch.equal(vectors[language], quantized.encode_documents("rain", processor, language=language)[0])
+    assert vectors["rw"].equal(vectors["fr"]) == vectors["eu"].equal(vectors["fr"]) == (init_from == "fr")
+
+
 def test_the_reported_rank_correlation(wide, processor, texts):
     """That of `rarezoo quantize`'s report, for two models that differ much."""
     from rarezoo.quantization.fidelity import compare_multi_vectors

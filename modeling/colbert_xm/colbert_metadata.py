@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -143,6 +144,37 @@ def _json_object(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object; found {type(content).__name__}")
     return content
+
+
+def write_metadata(folder: str | Path, config: Any = None, processor: Any = None) -> None:
+    """Write `artifact.metadata` into a folder: of colbert-ai's settings those that tell how texts are read, and no
+    folders, commands and host names, which its own dump holds.
+
+    Args:
+        folder: the checkpoint's.
+        config, processor: a `ColBERTXMConfig` and a `ColBERTXMProcessor`. They may be saved one after the other: what
+            the one that is not given would say stays as the folder's file has it.
+    """
+    path = Path(folder) / METADATA_NAME
+    fields: dict[str, Any] = {}
+    if path.is_file():
+        with suppress(ValueError):  # a damaged file is written anew
+            found = _json_object(path)
+            fields = {name: found[name] for name, (_, fits) in _FIELDS.items() if name in found and fits(found[name])}
+    fields |= {"query_token": "[Q]", "doc_token": "[D]", "interaction": "colbert"}
+    if processor is not None:
+        fields |= {
+            "query_token_id": processor.query_marker,
+            "doc_token_id": processor.document_marker,
+            "query_maxlen": processor.max_query_length,
+            "doc_maxlen": processor.max_document_length,
+            "attend_to_mask_tokens": processor.attend_to_mask_tokens,
+            "mask_punctuation": processor.mask_punctuation,
+            "marker_mode": processor.marker_mode,
+        }
+    if config is not None:
+        fields |= {"dim": config.dim, "similarity": config.similarity}
+    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def processor_settings(metadata: Mapping[str, Any]) -> dict[str, Any]:

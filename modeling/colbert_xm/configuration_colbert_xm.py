@@ -136,8 +136,17 @@ class ColBERTXMConfig(XmodConfig):
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         """As in transformers; an official checkpoint (an X-MOD `config.json`) is read with its `artifact.metadata`, and
-        where that does not say `dim`, with the shape of its projection."""
+        where that does not say `dim`, with the shape of its projection.
+
+        Raises:
+            ValueError: a checkpoint of another model; transformers would fill all that it lacks with random weights.
+        """
         config, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if config.get("model_type") not in (cls.model_type, XmodConfig.model_type):
+            raise ValueError(
+                f"{pretrained_model_name_or_path} has model_type {config.get('model_type')!r}; expected "
+                f"{cls.model_type!r}, or {XmodConfig.model_type!r}: a checkpoint of colbert-ai or a bare X-MOD"
+            )
         if is_stanford_layout(config, pretrained_model_name_or_path, **kwargs):
             metadata = read_metadata(pretrained_model_name_or_path, **kwargs)
             fields = ("_name_or_path", "architectures", "model_type", "position_embedding_type")

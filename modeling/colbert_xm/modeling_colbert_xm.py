@@ -16,13 +16,16 @@ from transformers import XmodModel
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.models.xmod.modeling_xmod import XmodAdapter, XmodOutput, XmodPreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
 
+from .colbert_metadata import PROJECTION, write_metadata
 from .configuration_colbert_xm import ColBERTXMConfig
 from .language_codes import check_new_code
 from .max_sim import Ranking, max_sim, rerank
 from .processing_colbert_xm import ColBERTXMProcessor
 from .text_encoding import check_finite, encode_in_batches, list_texts, stored_processor
+
+logger = logging.get_logger(__name__)
 
 Language = str | None | Sequence[str | None] | Callable[[str], str]
 
@@ -166,7 +169,8 @@ class ColBERTXMPreTrainedModel(XmodPreTrainedModel):
 
         Args:
             code: its name from now on, of X-MOD's form, such as "eu_ES"; it gets the next index.
-            init_from: a language whose adapter is copied; None initialises at random.
+            init_from: a language whose adapter is copied; None initialises at random. In a quantized model a copy is
+                quantized as its source is, a random one is kept in full precision.
 
         Raises:
             ValueError: there is such an adapter already, or none to copy, or the code has another form. The model is
@@ -183,6 +187,17 @@ class ColBERTXMPreTrainedModel(XmodPreTrainedModel):
             adapters[code] = XmodAdapter(self.config).to(neighbour.device, neighbour.dtype).train(self.training)
             adapters[code].apply(self._init_weights)
         self.config.languages = [*self.config.languages, code]
+        if source is None and getattr(self, "hf_quantizer", None) is not None:
+            self._keep_unquantized(rf".*\.adapter_modules\.{code}")
+
+    def _keep_unquantized(self, pattern: str) -> None:
+        """Say in the configuration that modules are not quantized: a saved model would be read as if they were."""
+        quantization = self.config.quantization_config
+        for name in ("llm_int8_skip_modules", "modules_to_not_convert"):
+            if hasattr(quantization, name):
+                # None stands for the modules that transformers chose.
+                kept = getattr(quantization, name) or self.hf_quantizer.modules_to_not_convert
+                setattr(quantization, name, [*sorted(kept), pattern])
 
 
 class ColBERTXMModel(ColBERTXMPreTrainedModel, XmodModel):
@@ -291,6 +306,15 @@ class ColBERTXMForRetrieval(ColBERTXMPreTrainedModel):
             attentions=outputs.attentions,
         )
 
+    def tie_weights(self, missing_keys=None, recompute_mapping=True):
+        """As in transformers, with a word on a checkpoint without a projection: nothing is tied to it."""
+        if missing_keys and PROJECTION in missing_keys:
+            logger.warning(
+                f"The checkpoint has no {PROJECTION}: the projection is random, and until it is trained the vectors "
+                "mean nothing. If the checkpoint is a backbone alone, open it with ColBERTXMModel."
+            )
+        super().tie_weights(missing_keys=missing_keys, recompute_mapping=recompute_mapping)
+
     def _resolve_keep_mask(self, keep_mask, input_ids, attention_mask, hidden_states) -> torch.Tensor:
         if keep_mask is None:
             if input_ids is not None:
@@ -308,9 +332,11 @@ class ColBERTXMForRetrieval(ColBERTXMPreTrainedModel):
         return keep_mask
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
-        """As in transformers; also writes the files by which sentence-transformers opens the folder."""
+        """As in transformers; also writes the files by which sentence-transformers opens the folder, and
+        `artifact.metadata`, where colbert-ai has dimension and similarity."""
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
+            write_metadata(save_directory, self.config)
             # Imported here for speed; by this line transformers also copies that file into every checkpoint.
             from .sentence_transformers_colbert_xm import write_multi_vector_encoder_files
 

@@ -16,6 +16,7 @@ from .colbert_metadata import (
     marker_mode_of,
     processor_settings,
     read_metadata,
+    write_metadata,
 )
 
 # colbert-ai's cap on queries that are not cut to `query_maxlen` (`full_length_search`).
@@ -109,6 +110,13 @@ class ColBERTXMProcessor(ProcessorMixin):
         }
         settings.update({name: kwargs.pop(name) for name in list(kwargs) if name in settings})
         return cls(AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs), **settings)
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """As in transformers; also writes the settings as colbert-ai names them (`artifact.metadata`). Here they are
+        read from `processor_config.json` alone."""
+        written = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        write_metadata(save_directory, processor=self)
+        return written
 
     def __call__(self, text: str | Sequence[str], kind: str = "document", **kwargs) -> BatchEncoding:
         """`process_queries` or `process_documents`, by `kind` ("query" or "document"), and with their other arguments;
