@@ -74,6 +74,42 @@ def test_an_encoding_job_goes_on(checkpoint, collection, embeddings, tmp_path):
     assert "language: 'fr_XX' there, 'en_XX' now" in refused(*arguments)
 
 
+def test_an_official_folder_as_it_is(colbert_fixtures, checkpoint, collection, embeddings, tmp_path):
+    """colbert-ai's own layout serves every verb that reads a model, as its conversion does."""
+    official = colbert_fixtures / "checkpoint"
+    call(
+        "encode",
+        official,
+        collection,
+        tmp_path / "embeddings",
+        "--language",
+        "fr",
+        "--shard-size",
+        3,
+        "--batch-size",
+        2,
+    )
+    found, expected = (MultiVectorEmbeddings.open(folder) for folder in (tmp_path / "embeddings", embeddings))
+    assert (found.vectors == expected.vectors).all() and found.fingerprint == expected.fingerprint
+    call("index", tmp_path / "embeddings", tmp_path / "index")
+    for verb in (("search", tmp_path / "index", "capital", "--model"), ("eval",), ("info",)):
+        tail = [collection] if verb == ("eval",) else []
+        ours, theirs = (json.loads(call(*verb, model, *tail, "--json").stdout) for model in (checkpoint, official))
+        assert ours == theirs or verb == ("info",)
+    texts = tmp_path / "texts.txt"
+    texts.write_text("rain in the hills\nthe cat sat\n")
+    call("train-language", official, "eu_ES", texts, tmp_path / "eu", "--steps", 1)
+    assert AutoModel.from_pretrained(tmp_path / "eu").config.languages[-1] == "eu_ES"
+    assert "official checkpoint must be converted first" in refused("quantize", official, tmp_path / "quantized")
+
+
+def test_a_bare_language_model_is_refused(tmp_path, collection):
+    small = dict(vocab_size=40, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    XmodForMaskedLM(XmodConfig(**small)).save_pretrained(tmp_path / "xmod")
+    line = refused("encode", tmp_path / "xmod", collection, tmp_path / "embeddings")
+    assert "has model_type 'xmod'; expected one of colbert_xm, mistral_splade. Other layouts are read by" in line
+
+
 @pytest.mark.parametrize("precision", ["float32", "int8"])
 def test_index_and_search(checkpoint, collection, embeddings, model, tmp_path, precision):
     index = tmp_path / "index"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import json
@@ -12,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from rarezoo.auto import FAMILIES
+from rarezoo.auto import FAMILIES, family_of
 from rarezoo.training.late_interaction_losses import LateInteractionObjective
 from rarezoo.training.objective import SparseObjective, check_field_types
 
@@ -145,7 +144,7 @@ class TrainingRecipe:
     def without_folders(self) -> Self:
         """The recipe with the last names of absolute paths: what may be published."""
         paths = {name: getattr(self, name) for name in _PATHS}
-        names = {name: Path(path).name for name, path in paths.items() if path and os.path.isabs(path)}
+        names: dict[str, Any] = {name: Path(path).name for name, path in paths.items() if path and os.path.isabs(path)}
         return dataclasses.replace(self, **names)
 
     @classmethod
@@ -292,16 +291,6 @@ def recipe_class(settings: Mapping[str, Any]) -> type[TrainingRecipe]:
         family = family_of(settings["model"])
     representation = FAMILIES[family].representation if family in FAMILIES else "sparse"
     return {kind.representation: kind for kind in (SparseTrainingRecipe, LateInteractionRecipe)}[representation]
-
-
-def family_of(model: str) -> str | None:
-    """The family that reads a checkpoint, also one in its official layout; None where there is none of either."""
-    for family in FAMILIES.values():
-        with contextlib.suppress(OSError, ValueError):
-            settings, _ = family.config_class().get_config_dict(model)
-            if settings.get("model_type") == family.name:
-                return family.name
-    return None
 
 
 def _recipe_file(path: str | Path) -> Path:

@@ -26,7 +26,7 @@ from transformers import (
 from transformers.trainer_utils import set_seed
 from transformers.utils import logging
 
-from rarezoo.auto import FAMILIES, Family
+from rarezoo.auto import FAMILIES, Family, family_of
 from rarezoo.configs import load_preset, read_preset
 from rarezoo.training.collator import LateInteractionCollator, RetrievalCollator, parse_row
 from rarezoo.training.data import read_text_table, read_training_rows
@@ -40,7 +40,6 @@ from rarezoo.training.recipe import (
     LateInteractionRecipe,
     SparseTrainingRecipe,
     TrainingRecipe,
-    family_of,
     write_whole,
 )
 from rarezoo.training.trainer import (
