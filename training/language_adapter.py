@@ -6,10 +6,9 @@ frozen; ColBERT-XM (arXiv 2402.15059, section 3.2) keeps its retrieval weights a
 
 from __future__ import annotations
 
-import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments, XmodForMaskedLM
-from transformers.trainer_utils import get_last_checkpoint, set_seed
-from transformers.utils import logging
+from transformers import DataCollatorForLanguageModeling, Trainer, XmodForMaskedLM
+from transformers.trainer_utils import set_seed
 
-from rarezoo.training.trainer import autocast_removed, call_through, finite, show_progress_bar_alone
+from rarezoo.training.text_training import run_text_training, text_training_arguments
+from rarezoo.training.trainer import autocast_removed, call_through, finite
 
 NOT_PREDICTED = -100
 
@@ -115,44 +114,31 @@ def train_language(
     longest = model.config.max_position_embeddings - model.config.pad_token_id - 1
     pieces = _pieces(processor.tokenizer, texts, min(max_length, longest))
     set_seed(seed)
-    with ExitStack() as stack:
-        head = stack.enter_context(_frozen_head(language_model, model))
-        stack.enter_context(_only_adapter_trains(model, model.config.languages[language]))
-        settings = {
-            "output_dir": str(output_dir or stack.enter_context(tempfile.TemporaryDirectory())),
-            "max_steps": steps,
-            "per_device_train_batch_size": batch_size,
-            "learning_rate": learning_rate,
-            "lr_scheduler_type": "linear",
-            "warmup_steps": round(warmup_ratio * steps),
-            "bf16": bf16,
-            "use_cpu": not torch.accelerator.is_available(),
-            "seed": seed,
-            "remove_unused_columns": False,
-            "report_to": "none",
-            "logging_steps": max(steps // 100, 1),
-            "save_strategy": "no" if output_dir is None else "steps",
-            "save_steps": max(steps // 10, 1),
-            "save_total_limit": 2,
-            "dataloader_pin_memory": torch.cuda.is_available(),
-            "disable_tqdm": not logging.is_progress_bar_enabled(),
-        }
+    settings = {
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": round(warmup_ratio * steps),
+        "bf16": bf16,
+        "seed": seed,
+        **training_arguments,
+    }
+    with (
+        _frozen_head(language_model, model) as head,
+        _only_adapter_trains(model, model.config.languages[language]),
+        text_training_arguments(output_dir, steps, batch_size, **settings) as args,
+    ):
         trainer = _AdapterTrainer(
             model=model,
-            args=TrainingArguments(**{**settings, **training_arguments}),
+            args=args,
             train_dataset=pieces,
             data_collator=_Masking(processor.tokenizer, masked_share, seed),
             processing_class=processor,
         )
         # Otherwise the Trainer expects losses that are sums over the tokens of all accumulated batches.
         trainer.model_accepts_loss_kwargs = False
-        show_progress_bar_alone(trainer)
         trainer.language, trainer.chunk_size = language, chunk_size
-        trainer.head = None if head is None else head.to(trainer.args.device)
-        found = get_last_checkpoint(output_dir) if output_dir and Path(output_dir).is_dir() else None
-        trainer.train(resume_from_checkpoint=found)
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {"first_loss": losses[0], "last_loss": losses[-1], "steps": float(trainer.state.global_step)}
+        trainer.head = None if head is None else head.to(args.device)
+        return run_text_training(trainer, output_dir)
 
 
 class _AdapterTrainer(Trainer):

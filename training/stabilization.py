@@ -8,7 +8,6 @@ token from z, and learns to do so from the non-negative weights as well.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import logging
+from transformers import PreTrainedTokenizerBase, Trainer
 
-from rarezoo.training.trainer import autocast_removed, call_through, finite, show_progress_bar_alone
+from rarezoo.training.text_training import run_text_training, text_training_arguments
+from rarezoo.training.trainer import autocast_removed, call_through, finite
 
 
 def stabilization_loss(model: Any, input_ids: Tensor, chunk_size: int = 1024) -> Tensor:
@@ -109,35 +107,18 @@ def stabilize(
     if steps < 1:
         raise ValueError(f"steps must be at least 1, found {steps}")
     blocks = _blocks(processor.tokenizer, texts, block_length)
-    with tempfile.TemporaryDirectory() as scratch, autocast_removed(model):
-        settings = {
-            "output_dir": str(output_dir or scratch),
-            "max_steps": steps,
-            "per_device_train_batch_size": batch_size,
-            "learning_rate": learning_rate,
-            "lr_scheduler_type": "cosine",
-            "warmup_steps": steps // 10 if warmup_steps is None else warmup_steps,
-            "bf16": bf16,
-            # Without it, transformers takes bf16 for a request for a GPU.
-            "use_cpu": not torch.accelerator.is_available(),
-            "seed": seed,
-            "remove_unused_columns": False,
-            "report_to": "none",
-            "logging_steps": max(steps // 100, 1),
-            "save_strategy": "no" if output_dir is None else "steps",
-            "save_steps": max(steps // 10, 1),
-            "save_total_limit": 2,
-            "dataloader_pin_memory": torch.cuda.is_available(),
-            "disable_tqdm": not logging.is_progress_bar_enabled(),
-        }
-        args = TrainingArguments(**{**settings, **training_arguments})
+    settings = {
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": steps // 10 if warmup_steps is None else warmup_steps,
+        "bf16": bf16,
+        "seed": seed,
+        **training_arguments,
+    }
+    with text_training_arguments(output_dir, steps, batch_size, **settings) as args, autocast_removed(model):
         trainer = _StabilizationTrainer(model=model, args=args, train_dataset=blocks, processing_class=processor)
-        show_progress_bar_alone(trainer)
         trainer.chunk_size = chunk_size
-        found = get_last_checkpoint(args.output_dir) if output_dir and Path(output_dir).is_dir() else None
-        trainer.train(resume_from_checkpoint=found)
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {"first_loss": losses[0], "last_loss": losses[-1], "steps": float(trainer.state.global_step)}
+        return run_text_training(trainer, output_dir)
 
 
 class _StabilizationTrainer(Trainer):
