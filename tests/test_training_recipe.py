@@ -195,7 +195,7 @@ def test_resume_after_a_kill(tmp_path):
 
 @pytest.mark.parametrize("kind", ["sparse", "sparse with LoRA", "multi-vector", "bare language model"])
 def test_what_may_be_published_tells_no_folders(kind, base, colbert_fixtures, tmp_path):
-    """An interrupted run knows its files, and goes on; the recipe of a finished one names them."""
+    """The recipe of a checkpoint names its files; where they are is known only here, where a run goes on."""
     private = tmp_path / "home" / "aliciaspecimen"
     source = shutil.copytree(base if kind.startswith("sparse") else colbert_fixtures / "checkpoint", private / "model")
     (private / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()))
@@ -225,7 +225,9 @@ def test_what_may_be_published_tells_no_folders(kind, base, colbert_fixtures, tm
         if word.encode() in (out / name).read_bytes()
     ]
     assert told == []
-    stored = load_recipe(out)
+    assert load_recipe(out) == load_recipe(out / "training_recipe.json") == recipe
+    copy = shutil.copytree(out, tmp_path / "downloaded", ignore=lambda folder, names: {*names} - {*published})
+    stored = load_recipe(copy)
     assert {name: getattr(stored, name) for name in paths} == {name: path.name for name, path in paths.items()}
     assert dataclasses.replace(stored, **{name: settings[name] for name in paths}) == recipe
     with pytest.raises(FileExistsError, match="is finished"):

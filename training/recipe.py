@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 RECIPE_FILE = "training_recipe.json"
+# Beside it, where its files lie on this machine: never published with the checkpoint.
+PATHS_FILE = "training_paths.json"
 # Fields that may name a file or folder.
 _PATHS = ("training_data", "queries", "corpus", "evaluation_data", "model", "tokenizer")
 
@@ -141,12 +143,6 @@ class TrainingRecipe:
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
-    def without_folders(self) -> Self:
-        """The recipe with the last names of absolute paths: what may be published."""
-        paths = {name: getattr(self, name) for name in _PATHS}
-        names: dict[str, Any] = {name: Path(path).name for name, path in paths.items() if path and os.path.isabs(path)}
-        return dataclasses.replace(self, **names)
-
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Self:
         """Raises `ValueError` for unknown fields."""
@@ -162,6 +158,16 @@ class TrainingRecipe:
         else:
             text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
         write_whole(path, text)
+
+    def save_into(self, folder: str | Path) -> None:
+        """Store the recipe in a checkpoint folder, so that the checkpoint may be published: of absolute paths only the
+        last names stand in the recipe, and the paths in a file of their own, with which `load` puts them together."""
+        folder = Path(folder)
+        paths = {name: str(getattr(self, name)) for name in _PATHS if os.path.isabs(getattr(self, name) or "")}
+        names: dict[str, Any] = {name: Path(path).name for name, path in paths.items()}
+        if paths:
+            write_whole(folder / PATHS_FILE, json.dumps(paths, indent=2, ensure_ascii=False) + "\n")
+        dataclasses.replace(self, **names).save(folder / RECIPE_FILE)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -302,6 +308,15 @@ def _recipe_file(path: str | Path) -> Path:
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
+    settings = _read_object(path)
+    paths = path.with_name(PATHS_FILE)
+    if path.name == RECIPE_FILE and paths.is_file():
+        known = _read_object(paths).items()
+        settings |= {name: value for name, value in known if Path(value).name == settings.get(name)}
+    return settings
+
+
+def _read_object(path: Path) -> dict[str, Any]:
     text = path.read_text(encoding="utf-8")
     import yaml
 

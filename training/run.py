@@ -71,10 +71,10 @@ def train(
 ) -> dict[str, Any]:
     """Train a retriever and save it.
 
-    `output_dir` becomes a checkpoint for AutoModel and AutoProcessor, with `training_recipe.json` (absolute paths in it
-    are cut to their last names once the run has ended) and `training_log.json` (all log entries). After LoRA training
-    it holds the merged model, and `adapter/` the adapter alone. Intermediate checkpoints, if any, stand in
-    `checkpoints/`.
+    `output_dir` becomes a checkpoint for AutoModel and AutoProcessor, with `training_recipe.json`,
+    `training_paths.json` (the absolute paths of the recipe, if any: the one file that tells of this machine) and
+    `training_log.json` (all log entries). After LoRA training it holds the merged model, and `adapter/` the adapter
+    alone. Intermediate checkpoints, if any, stand in `checkpoints/`.
 
     Args:
         recipe: what to do; its class tells the kind of retriever.
@@ -123,7 +123,7 @@ def train(
     show_progress_bar_alone(trainer)
     if processes.is_main_process:
         recipe = dataclasses.replace(recipe, lora=hasattr(model, "merge_and_unload"))
-        recipe.save(output_dir / RECIPE_FILE)
+        recipe.save_into(output_dir)
     result = trainer.train(resume_from_checkpoint=_last_whole_checkpoint(checkpoints))
     if processes.is_main_process:
         _export(recipe, trainer.accelerator.unwrap_model(model), processor, trainer.state.log_history, output_dir)
@@ -344,7 +344,7 @@ def _check_folder(recipe: TrainingRecipe, output_dir: Path, resume: bool) -> Non
     earlier = type(recipe).load(output_dir / RECIPE_FILE)
     if recipe.lora is None:
         earlier.lora = None  # what was stored is the answer that the first run found
-    if earlier not in (recipe, recipe.without_folders()):
+    if earlier != recipe:
         changed = sorted(name for name, value in earlier.to_dict().items() if recipe.to_dict()[name] != value)
         raise ValueError(f"cannot resume {output_dir} with another recipe; these fields differ: {', '.join(changed)}")
     if (output_dir / LOG_FILE).exists():
@@ -426,10 +426,7 @@ def _training_arguments(recipe: TrainingRecipe, folder: Path, rows: int, evaluat
 
 
 def _export(recipe: TrainingRecipe, model: Any, processor: Any, log: list[dict[str, float]], output_dir: Path) -> None:
-    """Write the final files beside, then move them into place; the log comes last and marks a finished run.
-
-    From now on the folder may be published: its recipe tells no folders of this machine.
-    """
+    """Write the final files beside, then move them into place; the log comes last and marks a finished run."""
     scratch = output_dir / f".export-{os.getpid()}"
     for left_over in output_dir.glob(".export-*"):  # of a run that was killed here
         shutil.rmtree(left_over)
@@ -446,7 +443,6 @@ def _export(recipe: TrainingRecipe, model: Any, processor: Any, log: list[dict[s
             os.replace(path, output_dir / path.name)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    recipe.without_folders().save(output_dir / RECIPE_FILE)
     write_whole(output_dir / LOG_FILE, json.dumps(log, indent=2) + "\n")
 
 
