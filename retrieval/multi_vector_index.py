@@ -24,6 +24,7 @@ import numpy as np
 
 from rarezoo.retrieval import storage
 from rarezoo.retrieval.identifiers import SeenIds, listed_ids
+from rarezoo.retrieval.metadata import LinesOf, MetadataOf, Where, lines_of_new
 from rarezoo.retrieval.multi_vector_embeddings import KIND, MultiVectorEmbeddings, packed_rows
 from rarezoo.retrieval.multi_vector_segments import (
     EncodedDocuments,
@@ -62,6 +63,7 @@ class MultiVectorIndex(SegmentedIndex[MultiVectorSegment, MultiVectorEmbeddings]
         num_centroids: int | None = None,
         codec: ResidualCodec | None = None,
         seed: int = 0,
+        metadata: MetadataOf | None = None,
     ) -> MultiVectorIndex:
         """Build an index in a new folder, whole or not at all, reading the embeddings shard by shard.
 
@@ -74,19 +76,21 @@ class MultiVectorIndex(SegmentedIndex[MultiVectorSegment, MultiVectorEmbeddings]
             num_centroids: by default `default_num_centroids`; not for "float32".
             codec: use its centroids, and for residual precisions its buckets, instead of training them.
             seed: of the training; equal seeds, equal indexes.
+            metadata: of documents, by identifier: fields with str, int, float, bool, None or a list of those.
 
         Raises:
             FileExistsError: `folder` is not empty.
-            ValueError: a shard is damaged, an identifier comes twice, vectors that the precision cannot hold, or no
-                vectors to train centroids on.
+            ValueError: a shard is damaged, an identifier comes twice, vectors that the precision cannot hold, no
+                vectors to train centroids on, metadata that cannot be stored, or of a document that is not among these.
             CannotWriteError: full disk or read-only folder.
         """
         folder = Path(folder)
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}; found {precision!r}")
+        lines_of = lines_of_new(metadata, embeddings.ids)
         with storage.folder_written_beside(folder) as partial:
             encoder = VectorEncoder.train(embeddings, precision, num_centroids, codec, seed)
-            cls._write_new(partial, encoded_documents(embeddings, encoder), encoder, embeddings.fingerprint)
+            cls._write_new(partial, encoded_documents(embeddings, encoder), encoder, embeddings.fingerprint, lines_of)
         return cls.open(folder)
 
     @classmethod
@@ -128,10 +132,15 @@ class MultiVectorIndex(SegmentedIndex[MultiVectorSegment, MultiVectorEmbeddings]
 
     @classmethod
     def _write_new(
-        cls, folder: Path, parts: Iterable[EncodedDocuments], encoder: VectorEncoder, fingerprint: str | None
+        cls,
+        folder: Path,
+        parts: Iterable[EncodedDocuments],
+        encoder: VectorEncoder,
+        fingerprint: str | None,
+        lines_of: LinesOf | None = None,
     ) -> None:
         encoder.write(folder)
-        cls._write_index(folder, segment_contents(parts, encoder), fingerprint, _settings(encoder))
+        cls._write_index(folder, segment_contents(parts, encoder), fingerprint, _settings(encoder), lines_of)
 
     def _set_settings(self, manifest: dict[str, Any]) -> None:
         self.precision: str = manifest["precision"]
@@ -174,6 +183,7 @@ class MultiVectorIndex(SegmentedIndex[MultiVectorSegment, MultiVectorEmbeddings]
         exhaustive: bool = False,
         num_cells: int = 4,
         num_candidates: int | None = None,
+        where: Where | None = None,
     ) -> list[list[tuple[str, float]]]:
         """The documents with the largest MaxSim: for each query vector its best inner product in the document, summed.
 
@@ -185,8 +195,12 @@ class MultiVectorIndex(SegmentedIndex[MultiVectorSegment, MultiVectorEmbeddings]
             exhaustive: score every document with its stored vectors. An index in "float32" always does. For queries
                 that no document is near to; others lose hardly anything by the candidates.
             num_cells: centroids per query vector whose documents become candidates.
-            num_candidates: candidates whose MaxSim is computed, by default max(256, 16 * top_k). Of an index, or a
-                subset, with no more documents all are.
+            num_candidates: candidates whose MaxSim is computed, by default max(256, 16 * top_k). Of an index, or after
+                `subset` and `where`, of no more documents all are.
+            where: which documents of these, by their metadata: a mapping of fields to a value or several allowed ones,
+                all fields of which must match; or a function of the metadata. A field that is a list matches by each of
+                its values; one that a document lacks does not match. As with `subset`, all documents that are left
+                become candidates, however far their centroids are.
 
         Returns:
             Per query at most `top_k` pairs (document identifier, score), best first; of equal scores the document that
@@ -194,19 +208,24 @@ class MultiVectorIndex(SegmentedIndex[MultiVectorSegment, MultiVectorEmbeddings]
             query without vectors finds nothing.
 
         Raises:
-            ValueError: another dimension, another model, or query vectors that are not finite.
+            ValueError: another dimension, another model, query vectors that are not finite, or a value in `where` that
+                no metadata can hold.
+            TypeError: `where` is neither a mapping nor a function.
         """
         vectors, offsets = self._query_rows(queries)
         num_candidates = max(256, 16 * top_k) if num_candidates is None else num_candidates
         for name, value in (("top_k", top_k), ("num_cells", num_cells), ("num_candidates", num_candidates)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1; found {value}")
-        eligible = self._eligible(subset)
+        chosen = self._chosen(subset, where)
+        eligible = [segment.searchable for segment in self._segments]
+        if chosen is not None:
+            eligible = [searchable & mask for searchable, mask in zip(eligible, chosen)]
         if exhaustive or self._encoder.centroids is None or sum(map(np.count_nonzero, eligible)) <= num_candidates:
             found = self._search_all(vectors, offsets, eligible, top_k)
         else:
             rows = [vectors[start:end] for start, end in itertools.pairwise(offsets)]
-            cells = min(num_cells, self._encoder.num_centroids) if subset is None else 0
+            cells = min(num_cells, self._encoder.num_centroids) if chosen is None else 0
             found = [self._search_candidates(row, eligible, top_k, cells, max(num_candidates, top_k)) for row in rows]
         return [list(zip(self._ids_of(best.documents), best.scores.tolist())) for best in found]
 
@@ -232,16 +251,6 @@ class MultiVectorIndex(SegmentedIndex[MultiVectorSegment, MultiVectorEmbeddings]
             raise ValueError("the queries hold values that are not finite")
         offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         return np.ascontiguousarray(vectors, dtype=np.float32), offsets
-
-    def _eligible(self, subset: Iterable[str] | None) -> list[np.ndarray]:
-        """Per segment (documents,) bool: those that have vectors, are not deleted, and lie in the subset."""
-        if subset is None:
-            return [segment.searchable for segment in self._segments]
-        documents = self._find(list(dict.fromkeys(listed_ids(subset))))
-        chosen = np.zeros(self._starts[-1], dtype=bool)
-        chosen[documents[documents >= 0]] = True
-        parts = zip(self._segments, self._starts, self._starts[1:])
-        return [segment.searchable & chosen[start:end] for segment, start, end in parts]
 
     def _search_all(
         self, vectors: np.ndarray, offsets: np.ndarray, eligible: list[np.ndarray], top_k: int
@@ -288,11 +297,13 @@ class MultiVectorIndex(SegmentedIndex[MultiVectorSegment, MultiVectorEmbeddings]
                 best = best.merged(inside, segment.max_sim(inside - start, query, offsets)[0], top_k)
         return best
 
-    def add(self, embeddings: MultiVectorEmbeddings) -> None:
-        """Add documents as a new segment; whole or not at all. The centroids stay those that `build` trained.
+    def add(self, embeddings: MultiVectorEmbeddings, metadata: MetadataOf | None = None) -> None:
+        """Add documents as a new segment, with metadata as in `build`; whole or not at all.
+
+        The centroids stay those that `build` trained.
 
         Raises:
-            ValueError: another dimension or model, or an identifier that the index holds already.
+            ValueError: another dimension or model, an identifier that the index holds already, or as `build`.
             CannotWriteError: full disk or read-only folder.
         """
         if embeddings.dim != self.dim:
@@ -301,7 +312,7 @@ class MultiVectorIndex(SegmentedIndex[MultiVectorSegment, MultiVectorEmbeddings]
                 "that built the index"
             )
         self._check_origin("new documents", embeddings.fingerprint)
-        self._add(embeddings)
+        self._add(embeddings, lines_of_new(metadata, embeddings.ids))
 
     def iter_stored(self) -> Iterator[tuple[list[str], np.ndarray, dict[str, np.ndarray]]]:
         """Segment by segment what is stored of the documents: identifiers, lengths (n,), and per vector the rows."""

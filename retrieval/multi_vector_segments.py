@@ -178,7 +178,7 @@ class MultiVectorSegment(Segment):
     def searchable(self) -> np.ndarray:
         """(documents,) bool: has vectors and is not deleted."""
         searchable = np.diff(self.token_offsets) > 0
-        return searchable & (self.deleted == 0) if len(self.deleted) else searchable
+        return searchable & self.live()
 
     def in_cells(self, cells: np.ndarray, eligible: np.ndarray) -> np.ndarray:
         """(documents,) bool: eligible, and in a list of the marked cells (num_centroids,) uint8."""
@@ -222,7 +222,7 @@ class MultiVectorSegment(Segment):
 
     def live_documents(self) -> Iterator[EncodedDocuments]:
         """The documents that are not deleted, as they are stored, at once."""
-        live = np.flatnonzero(self.deleted == 0) if len(self.deleted) else np.arange(self.num_documents)
+        live = np.flatnonzero(self.live())
         starts, lengths = self._runs(live)
         payload = {name: rows_of_runs(self.tensors[name], starts, lengths) for name in self._encoder.payload_types}
         yield EncodedDocuments(self.ids.take(live), self.digests()[live], lengths, payload)

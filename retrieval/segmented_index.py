@@ -8,6 +8,7 @@ and one file per segment. `index.json` is written last and renamed, so an operat
         id_offsets      int64    (documents + 1,)
         id_digests      uint8    (documents * 16,)  BLAKE2b of the identifiers, sorted: finds a document by identifier
         id_order        int32    (documents,)  the documents in the order of `id_digests`
+        and their metadata, where they have any (`metadata`)
     segment-00000.deleted-00001.safetensors  tombstones: `deleted` uint8 (documents,)
 """
 
@@ -17,6 +18,7 @@ import bisect
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -26,6 +28,15 @@ from tqdm.auto import tqdm
 from rarezoo.retrieval import storage
 from rarezoo.retrieval.fingerprint import difference
 from rarezoo.retrieval.identifiers import PackedIds, digest_ids, listed_ids
+from rarezoo.retrieval.metadata import (
+    METADATA_TENSORS,
+    LinesOf,
+    Metadata,
+    PackedMetadata,
+    Where,
+    checked_filter,
+    metadata_tensors,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -80,9 +91,13 @@ class Segment(ABC):
         self.number = int(row["file"].removeprefix("segment-").removesuffix(".safetensors"))
         self.num_documents: int = row["num_documents"]
         self.num_deleted: int = row["num_deleted"]
-        self.tensors = storage.map_tensors(self.path, {**tensors, **ID_TENSORS})
+        self.has_metadata: bool = row.get("metadata", False)  # indexes of before have no such entry
+        common = ID_TENSORS | METADATA_TENSORS if self.has_metadata else ID_TENSORS
+        self.tensors = storage.map_tensors(self.path, {**tensors, **common})
         shapes = {"id_offsets": self.num_documents + 1, "id_digests": 16 * self.num_documents}
         shapes |= {"id_order": self.num_documents}
+        if self.has_metadata:
+            shapes["metadata_offsets"] = self.num_documents + 1
         storage.check_shapes(self.path, self.tensors, {name: (length,) for name, length in shapes.items()})
         self.ids = PackedIds(self.tensors["id_bytes"], self.tensors["id_offsets"])
         self.deleted = np.empty(0, dtype=np.uint8)
@@ -95,6 +110,15 @@ class Segment(ABC):
     @abstractmethod
     def live_documents(self) -> Iterator[Documents]:
         """The documents that are not deleted, as they are stored."""
+
+    @cached_property
+    def metadata(self) -> PackedMetadata:
+        """Of all documents; a segment without any has empty ones."""
+        return PackedMetadata(self.path, self.num_documents, self.tensors)
+
+    def live(self) -> np.ndarray:
+        """(documents,) bool: not deleted."""
+        return self.deleted == 0 if len(self.deleted) else np.ones(self.num_documents, dtype=bool)
 
     def digests(self) -> np.ndarray:
         """(documents,) digests of the identifiers, in the order of the documents."""
@@ -211,6 +235,15 @@ class SegmentedIndex(ABC, Generic[SegmentT, EmbeddingsT]):
     def __contains__(self, document_id: object) -> bool:
         return isinstance(document_id, str) and self._find([document_id])[0] >= 0
 
+    def metadata(self, document_id: str) -> Metadata:
+        """The metadata of a document, a copy; empty where it has none.
+
+        Raises:
+            ValueError: no such document, or its file is damaged.
+        """
+        segment, document = self._located(document_id)
+        return segment.metadata[document]
+
     def delete(self, ids: Iterable[str]) -> None:
         """Delete documents by tombstones; whole or not at all. `compact` frees their space.
 
@@ -244,7 +277,7 @@ class SegmentedIndex(ABC, Generic[SegmentT, EmbeddingsT]):
             ValueError: a file does not match its checksum; the index is left as it was.
             CannotWriteError: full disk or read-only folder.
         """
-        self._replace_segments(lambda: self._write_segments(self._live_documents()))
+        self._replace_segments(lambda: self._write_segments(self._live_documents(), self._stored_lines()))
 
     def _live_documents(self) -> Iterator[Documents]:
         with tqdm(total=len(self), desc="Compacting", unit="document", delay=1.0) as bar:
@@ -268,10 +301,10 @@ class SegmentedIndex(ABC, Generic[SegmentT, EmbeddingsT]):
                 "processor that encoded the documents"
             )
 
-    def _add(self, embeddings: EmbeddingsT) -> None:
+    def _add(self, embeddings: EmbeddingsT, lines_of: LinesOf | None) -> None:
         def kept_and_new() -> list[dict[str, Any]]:
             rows = [segment.row for segment in self._segments]
-            return rows + self._write_segments(self._unknown(self._new_documents(embeddings)))
+            return rows + self._write_segments(self._unknown(self._new_documents(embeddings)), lines_of)
 
         self._replace_segments(kept_and_new)
 
@@ -284,6 +317,21 @@ class SegmentedIndex(ABC, Generic[SegmentT, EmbeddingsT]):
                     "one another identifier; nothing was added"
                 )
             yield part
+
+    def _chosen(self, subset: Iterable[str] | None, where: Where | None) -> list[np.ndarray] | None:
+        """Per segment (documents,) bool: not deleted, in the subset and let through by `where`; None without both."""
+        if subset is None and where is None:
+            return None
+        chosen = [segment.live() for segment in self._segments]
+        if subset is not None:
+            documents = self._find(list(dict.fromkeys(listed_ids(subset))))
+            listed = np.zeros(self._starts[-1], dtype=bool)
+            listed[documents[documents >= 0]] = True
+            chosen = [live & listed[start:][: len(live)] for live, start in zip(chosen, self._starts)]
+        if where is not None:
+            checked = checked_filter(where)
+            chosen = [segment.metadata.matching(checked, among) for segment, among in zip(self._segments, chosen)]
+        return chosen
 
     def _ids_of(self, documents: np.ndarray) -> list[str]:
         if len(self._segments) == 1:
@@ -318,9 +366,24 @@ class SegmentedIndex(ABC, Generic[SegmentT, EmbeddingsT]):
             documents = np.where(found >= 0, found + start, documents)
         return documents
 
-    def _write_segments(self, parts: Iterable[Documents]) -> list[dict[str, Any]]:
+    def _stored_lines(self) -> LinesOf | None:
+        """What gives the stored metadata of documents; None where none has any."""
+        if not any(segment.has_metadata for segment in self._segments):
+            return None
+
+        def lines_of(ids: Iterable[str]) -> list[bytes]:
+            documents = self._find(list(ids))
+            lines = np.empty(len(documents), dtype=object)
+            for segment, start, end in zip(self._segments, self._starts, self._starts[1:]):
+                inside = np.flatnonzero((documents >= start) & (documents < end))
+                lines[inside] = segment.metadata.lines(documents[inside] - start)
+            return lines.tolist()
+
+        return lines_of
+
+    def _write_segments(self, parts: Iterable[Documents], lines_of: LinesOf | None) -> list[dict[str, Any]]:
         number = 1 + max((segment.number for segment in self._segments), default=-1)
-        return _write_segments(self.folder, number, self._contents(parts), self._count)
+        return _write_segments(self.folder, number, self._contents(parts), self._count, lines_of)
 
     def _replace_segments(self, write: Callable[[], list[dict[str, Any]]]) -> None:
         """Let `write` write files and make the rows that it returns the index; if it fails, its files are removed."""
@@ -347,9 +410,10 @@ class SegmentedIndex(ABC, Generic[SegmentT, EmbeddingsT]):
         contents: Iterable[tuple[dict[str, np.ndarray], int]],
         fingerprint: str | None,
         settings: dict[str, Any],
+        lines_of: LinesOf | None = None,
     ) -> None:
         """Write the segments and the manifest of a new index."""
-        cls._write_manifest(folder, _write_segments(folder, 0, contents, cls._count), fingerprint, settings)
+        cls._write_manifest(folder, _write_segments(folder, 0, contents, cls._count, lines_of), fingerprint, settings)
 
     @classmethod
     def _write_manifest(
@@ -377,11 +441,17 @@ def _read_manifest(folder: Path, kind: str) -> dict[str, Any]:
 
 
 def _write_segments(
-    folder: Path, number: int, contents: Iterable[tuple[dict[str, np.ndarray], int]], count: str
+    folder: Path,
+    number: int,
+    contents: Iterable[tuple[dict[str, np.ndarray], int]],
+    count: str,
+    lines_of: LinesOf | None,
 ) -> list[dict[str, Any]]:
-    """Write segments from `number` on; returns their rows for the manifest."""
+    """Write segments from `number` on, with the metadata of their documents; returns their rows for the manifest."""
     rows: list[dict[str, Any]] = []
     for tensors, stored_values in contents:
+        if lines_of is not None:
+            tensors |= metadata_tensors(lines_of(PackedIds(tensors["id_bytes"], tensors["id_offsets"])))
         path = folder / f"segment-{number + len(rows):05d}.safetensors"
         storage.write_tensors(path, tensors)
         rows.append(
@@ -389,6 +459,7 @@ def _write_segments(
                 "file": path.name,
                 "num_documents": len(tensors["id_order"]),
                 count: stored_values,
+                "metadata": "metadata_bytes" in tensors,
                 "tombstones": None,
                 "num_deleted": 0,
             }

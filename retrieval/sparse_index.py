@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from rarezoo.retrieval import storage
 from rarezoo.retrieval.identifiers import SeenIds
+from rarezoo.retrieval.metadata import MetadataOf, Where, lines_of_new
 from rarezoo.retrieval.segmented_index import Segment, SegmentedIndex, id_tensors
 from rarezoo.retrieval.sparse_embeddings import KIND, SparseEmbeddings, canonical_rows
 
@@ -87,23 +88,31 @@ class SparseIndex(SegmentedIndex["_Segment", SparseEmbeddings]):
     _kind, _count = KIND, "num_postings"
 
     @classmethod
-    def build(cls, embeddings: SparseEmbeddings, folder: str | os.PathLike[str]) -> SparseIndex:
+    def build(
+        cls,
+        embeddings: SparseEmbeddings,
+        folder: str | os.PathLike[str],
+        metadata: MetadataOf | None = None,
+    ) -> SparseIndex:
         """Build an index in a new folder, whole or not at all, reading the embeddings shard by shard.
 
         Args:
             embeddings: the documents. Documents without terms are kept (no query finds them).
             folder: new or empty.
+            metadata: of documents, by identifier: fields with str, int, float, bool, None or a list of those.
 
         Raises:
             FileExistsError: `folder` is not empty.
-            ValueError: a shard is damaged or an identifier comes twice.
+            ValueError: a shard is damaged, an identifier comes twice, metadata that cannot be stored, or of a document
+                that is not among these.
             CannotWriteError: full disk or read-only folder.
         """
         folder = Path(folder)
+        lines_of = lines_of_new(metadata, embeddings.ids)
         with storage.folder_written_beside(folder) as partial:
             contents = _segment_contents(_new_rows(embeddings), embeddings.vocab_size)
             settings = {"vocabulary": embeddings.vocabulary, "vocab_size": embeddings.vocab_size}
-            cls._write_index(partial, contents, embeddings.fingerprint, settings)
+            cls._write_index(partial, contents, embeddings.fingerprint, settings, lines_of)
         return cls.open(folder)
 
     def _set_settings(self, manifest: dict[str, Any]) -> None:
@@ -131,7 +140,12 @@ class SparseIndex(SegmentedIndex["_Segment", SparseEmbeddings]):
         return sum(segment.num_postings for segment in self._segments)
 
     def search(
-        self, queries: scipy.sparse.csr_matrix | SparseEmbeddings, top_k: int = 10, num_threads: int = 1
+        self,
+        queries: scipy.sparse.csr_matrix | SparseEmbeddings,
+        top_k: int = 10,
+        num_threads: int = 1,
+        subset: Iterable[str] | None = None,
+        where: Where | None = None,
     ) -> list[list[tuple[str, float]]]:
         """The documents with the largest dot products, exactly.
 
@@ -139,24 +153,31 @@ class SparseIndex(SegmentedIndex["_Segment", SparseEmbeddings]):
             queries: sparse (n, vocab_size), weights >= 0; or embeddings, whose fingerprint is then compared.
             top_k: results per query.
             num_threads: threads, each working on queries of its own.
+            subset: identifiers to search among; those that the index does not hold are passed over.
+            where: which documents of these, by their metadata: a mapping of fields to a value or several allowed ones,
+                all fields of which must match; or a function of the metadata. A field that is a list matches by each of
+                its values; one that a document lacks does not match.
 
         Returns:
             Per query at most `top_k` pairs (document identifier, score > 0), best first; of equal scores the
             document that was added first. Scores are float32 sums in the order of the vocabulary.
 
         Raises:
-            ValueError: another vocabulary, another model, or weights that are negative or not finite.
+            ValueError: another vocabulary, another model, weights that are negative or not finite, or a value in
+                `where` that no metadata can hold.
+            TypeError: `where` is neither a mapping nor a function.
         """
         matrix = self._query_rows(queries)
         for name, value in (("top_k", top_k), ("num_threads", num_threads)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1; found {value}")
         at_once = min(_QUERIES_AT_ONCE, -(-matrix.shape[0] // num_threads)) or 1
+        excluded = self._excluded(subset, where)
         if matrix.shape[0] <= at_once:
-            return self._search_part(matrix, top_k)
+            return self._search_part(matrix, top_k, excluded)
         parts = [matrix[start : start + at_once] for start in range(0, matrix.shape[0], at_once)]
         with ThreadPoolExecutor(num_threads) as pool:
-            found = pool.map(lambda part: self._search_part(part, top_k), parts)
+            found = pool.map(lambda part: self._search_part(part, top_k, excluded), parts)
             # The bar appears after a second.
             bar = tqdm(found, total=len(parts), desc="Searching", unit=f" x {at_once} queries", delay=1.0)
             return [row for rows in bar for row in rows]
@@ -186,7 +207,19 @@ class SparseIndex(SegmentedIndex["_Segment", SparseEmbeddings]):
                 "the documents"
             )
 
-    def _search_part(self, queries: scipy.sparse.csr_matrix, top_k: int) -> list[list[tuple[str, float]]]:
+    def _excluded(self, subset: Iterable[str] | None, where: Where | None) -> list[np.ndarray]:
+        """Per segment (documents,) uint8, 1 where no result; (0,) where all documents are possible ones."""
+        chosen = self._chosen(subset, where)
+        if chosen is None:
+            return [segment.deleted for segment in self._segments]
+        excluded = [(~mask).astype(np.uint8) for mask in chosen]
+        for mask in excluded:
+            mask.flags.writeable = False  # as tombstones: compiled loops know two types of arrays
+        return excluded
+
+    def _search_part(
+        self, queries: scipy.sparse.csr_matrix, top_k: int, excluded: list[np.ndarray]
+    ) -> list[list[tuple[str, float]]]:
         kernels = _kernels()
         num_queries = queries.shape[0]
         k = min(top_k, max(1, self._starts[-1]))
@@ -195,14 +228,14 @@ class SparseIndex(SegmentedIndex["_Segment", SparseEmbeddings]):
         sizes = np.zeros(num_queries, dtype=np.int64)
         indptr, indices = queries.indptr.astype(np.int64), queries.indices.astype(np.int32)
         accumulator = _accumulator(kernels.BLOCK_SIZE)
-        for segment, first_document in zip(self._segments, self._starts):
+        for segment, first_document, without in zip(self._segments, self._starts, excluded):
             kernels.search_segment(
                 accumulator,
                 segment.term_offsets,
                 segment.tensors["documents"],
                 segment.tensors["weights"],
                 segment.num_documents,
-                segment.deleted,
+                without,
                 first_document,
                 indptr,
                 indices,
@@ -238,11 +271,11 @@ class SparseIndex(SegmentedIndex["_Segment", SparseEmbeddings]):
                 terms.append(MatchedTerm(int(term), float(weight), document_weight))
         return sorted(terms, key=lambda term: -term.query_weight * term.document_weight)
 
-    def add(self, embeddings: SparseEmbeddings) -> None:
-        """Add documents as a new segment; whole or not at all.
+    def add(self, embeddings: SparseEmbeddings, metadata: MetadataOf | None = None) -> None:
+        """Add documents as a new segment, with metadata as in `build`; whole or not at all.
 
         Raises:
-            ValueError: another vocabulary or model, or an identifier that the index holds already.
+            ValueError: another vocabulary or model, an identifier that the index holds already, or as `build`.
             CannotWriteError: full disk or read-only folder.
         """
         if embeddings.vocab_size != self.vocab_size:
@@ -252,7 +285,7 @@ class SparseIndex(SegmentedIndex["_Segment", SparseEmbeddings]):
             )
         self._check_origin("new documents", embeddings.fingerprint)
         self._check_vocabulary("new documents", embeddings)
-        self._add(embeddings)
+        self._add(embeddings, lines_of_new(metadata, embeddings.ids))
 
 
 class _Segment(Segment):
