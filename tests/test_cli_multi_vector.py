@@ -228,6 +228,21 @@ def test_train_a_language(checkpoint, sentences, tmp_path, dtype, init_from):
     assert added.encode_queries("eguzkia", language="eu")[0].isfinite().all()
 
 
+@pytest.mark.parametrize("precision", ["float32", "2-bit"])
+def test_search_where(checkpoint, embeddings, precision, tmp_path):
+    """The metadata of a corpus' rows go into the index and filter what is searched."""
+    metadata = {"paris": {"lang": "en"}, "loire": {"lang": "fr"}, "moon": {"lang": "en", "year": 2020}}
+    rows = [{"_id": name, "text": text, "metadata": metadata.get(name)} for name, text in DOCUMENTS.items()]
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", rows)
+    call("index", embeddings, tmp_path / "index", "--precision", precision, "--metadata", corpus)
+    arguments = ("search", tmp_path / "index", "how do tides work", "--model", checkpoint, "--language", "fr", "--json")
+    for options, expected in (([], {"paris", "loire", "moon", "blank"}), (["--where", "lang=en"], {"paris", "moon"})):
+        answers = json.loads(call(*arguments, *options).stdout)["answers"]
+        assert {answer["id"]: answer.get("metadata") for answer in answers} == {
+            name: metadata.get(name) for name in expected
+        }
+
+
 def test_the_same_seed_gives_the_same_language(checkpoint, sentences, tmp_path):
     """Of JSON lines, with the head of a language model, and answered as JSON."""
     lines = write_jsonl(tmp_path / "eu.jsonl", [{"text": text, "id": number} for number, text in enumerate(SENTENCES)])
