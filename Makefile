@@ -14,9 +14,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# Learns, indexes, answers, explains: a retriever on the documentation strings of this machine. Minutes, no downloads.
+# Learns, indexes, answers, explains: a retriever on the texts of this machine. Minutes, no downloads. By default the tour
+# of mistral-splade; FAMILY=colbert-xm is the other one.
 quickstart: $(INSTALLED)
-	$(BIN)/rarezoo quickstart
+	$(BIN)/rarezoo quickstart $(FAMILY)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest

@@ -4,7 +4,8 @@ Synthetic vectors of 128 dimensions, 50 queries of 32. A vector is the direction
 its document shares with its topic, plus noise; queries repeat words of one document and of its topic. The noise is such
 that the mean squared distance to the nearest of 8,192 centroids is about that of ColBERTv2 on MS MARCO passages, 0.24
 (8.39e6 for 35.1e6 vectors: stanford-futuredata/ColBERT, issue 360). Recall@10 is counted against float64 brute force.
-The indexes are read from disk, memory-mapped.
+The indexes are read from disk, memory-mapped. How much is found of queries that are not like any document is measured
+with queries to which noise is added, up to nothing but noise.
 
 PyLate (its Stanford code, 2 bits) needs an environment of its own, whose Python is given. Its extensions are compiled
 before the clock starts. It works in several processes, so wall time is compared there.
@@ -34,6 +35,13 @@ from rarezoo.retrieval.multi_vector_index import PRECISIONS, MultiVectorIndex
 DOCUMENTS, LENGTH, DIM, QUERIES, QUERY_LENGTH, TOP_K = 10_000, 40, 128, 50, 32, 10
 WORDS, TOPICS, WORDS_PER_TOPIC, NOISE, SHARED = 1_000, 200, 120, 0.042, 0.3
 PEER_DOCUMENTS = (1_000, DOCUMENTS)
+# Cosines between the queries' vectors and those with noise, and options of `search`.
+COSINES = (1.0, 0.7, 0.45, 0.0)
+SEARCHES: dict[str, dict] = {
+    "defaults": {},
+    "16 cells, 4096 candidates": {"num_cells": 16, "num_candidates": 4096},
+    "all stored vectors scored": {"exhaustive": True},
+}
 
 _PEER = """
 import importlib.metadata, json, sys, time
@@ -176,6 +184,23 @@ def compare_precisions(folder: Path, documents: np.ndarray, queries: np.ndarray)
     }
 
 
+def compare_distances(folder: Path, documents: np.ndarray, queries: np.ndarray) -> dict:
+    """recall@10 of the indexes that `compare_precisions` built."""
+    noise = unit(np.random.default_rng(1).standard_normal(queries.shape))
+    figures: dict = {}
+    for cosine in COSINES:
+        noisy = unit(cosine * queries + np.sqrt(1 - cosine**2) * noise)
+        expected = exact_best(documents, noisy)
+        figures[f"cosine {cosine}"] = {
+            precision: {
+                name: recall(MultiVectorIndex.open(folder / precision).search(noisy, **options), expected)
+                for name, options in SEARCHES.items()
+            }
+            for precision in PRECISIONS[1:]
+        }
+    return figures
+
+
 def compare_with_pylate(folder: Path, documents: np.ndarray, queries: np.ndarray, peer_python: str) -> dict:
     expected, embeddings = exact_best(documents, queries), container(documents)
     for name, rows in (("documents", documents), ("queries", queries)):
@@ -214,6 +239,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, threadpool_limits(1):
         MultiVectorIndex.build(container(documents[:500]), Path(folder) / "compiles", "2-bit").search(queries[:1])
         figures = compare_precisions(Path(folder), documents, queries)
+        figures["recall@10 of queries with noise"] = compare_distances(Path(folder), documents, queries)
         if peer_python:
             figures["wall time beside PyLate, by number of documents"] = beside = {}
             for count in PEER_DOCUMENTS:

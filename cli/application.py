@@ -27,6 +27,7 @@ from rarezoo.cli import (
     quickstart_command,
     search,
     train,
+    train_language,
 )
 
 # typer exports only this subclass of the error that a wrong command line raises.
@@ -60,6 +61,7 @@ _ORDER = (
     "info",
     "convert",
     "train",
+    "train-language",
     "encode",
     "index",
     "search",
@@ -116,7 +118,8 @@ def _line(error: Exception) -> str | None:
 def _user_errors() -> tuple[type[Exception], ...]:
     from huggingface_hub.errors import StrictDataclassError
 
-    return ValueError, OSError, ImportError, StrictDataclassError
+    # Training raises FloatingPointError where a loss is not finite: a lower learning rate puts that right.
+    return ValueError, OSError, ImportError, FloatingPointError, StrictDataclassError
 
 
 app = typer.Typer(
@@ -156,6 +159,7 @@ app.command("convert")(convert.convert)
 app.command("export")(export.export)
 app.command("quantize")(quantize.quantize)
 app.command("train")(train.train)
+app.command("train-language")(train_language.train_language)
 app.command("encode")(encode.encode)
 app.add_typer(index.app, name="index")
 app.command("search")(search.search)

@@ -45,7 +45,7 @@ def read_docstring_pairs(limit: int, seed: int = 0) -> list[DocstringPair]:
     """Up to `limit` pairs: the standard library's first, which every machine has, then those of installed packages.
 
     Within both, the order depends on `seed` and on what is installed only. Objects whose document or first sentence
-    occurs more than once are dropped, so that each query has one answer. Raises `RuntimeError` where the machine has
+    occurs more than once are dropped, so that each query has one answer. Raises `ValueError` where the machine has
     fewer than 200 usable documentation strings.
     """
     candidates: list[DocstringPair] = []
@@ -62,7 +62,7 @@ def read_docstring_pairs(limit: int, seed: int = 0) -> list[DocstringPair]:
         candidates.extend(found)
     unique = _without_repetitions(candidates)
     if len(unique) < 200:
-        raise RuntimeError(f"found only {len(unique)} documentation strings with a summary and a body; expected 200")
+        raise ValueError(f"found only {len(unique)} documentation strings with a summary and a body; expected 200")
     return unique[:limit]
 
 

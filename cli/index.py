@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from rarezoo.cli.options import JsonOption, PrecisionOption
+from rarezoo.cli.options import JsonOption, MetadataOption, PrecisionOption
 from rarezoo.cli.output import print_json
 
 EmbeddingsArgument = Annotated[Path, typer.Argument(metavar="EMBEDDINGS", help="Folder of `rarezoo encode`.")]
@@ -42,21 +42,27 @@ def _show_help(context: typer.Context) -> None:
 
 @app.command("build")
 def build(
-    embeddings: EmbeddingsArgument, index: IndexArgument, precision: PrecisionOption = None, json: JsonOption = False
+    embeddings: EmbeddingsArgument,
+    index: IndexArgument,
+    precision: PrecisionOption = None,
+    metadata: MetadataOption = None,
+    json: JsonOption = False,
 ) -> None:
     """Build an index in a new folder."""
     from rarezoo.retrieval import build_index, open_embeddings
 
-    _report(build_index(open_embeddings(embeddings), index, precision), json)
+    _report(build_index(open_embeddings(embeddings), index, precision, _read_metadata(metadata)), json)
 
 
 @app.command("add")
-def add(index: IndexArgument, embeddings: EmbeddingsArgument, json: JsonOption = False) -> None:
+def add(
+    index: IndexArgument, embeddings: EmbeddingsArgument, metadata: MetadataOption = None, json: JsonOption = False
+) -> None:
     """Add documents to an index."""
     from rarezoo.retrieval import open_embeddings, open_index
 
     opened: Any = open_index(index)
-    opened.add(open_embeddings(embeddings))
+    opened.add(open_embeddings(embeddings), _read_metadata(metadata))
     _report(opened, json)
 
 
@@ -82,6 +88,18 @@ def compact(index: IndexArgument, json: JsonOption = False) -> None:
     opened = open_index(index)
     opened.compact()
     _report(opened, json)
+
+
+def _read_metadata(corpus: Path | None) -> dict[str, Any] | None:
+    """By document; None without a corpus."""
+    from rarezoo.retrieval import read_corpus
+
+    if corpus is None:
+        return None
+    found = {document.id: document.metadata for document in read_corpus(corpus) if document.metadata is not None}
+    if not found:
+        raise ValueError(f"{corpus}: no document has metadata; expected JSONL rows with an object 'metadata'")
+    return found
 
 
 def _report(index: Any, json: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -21,5 +22,11 @@ LanguageOption = Annotated[
 PrecisionOption = Annotated[
     str | None,
     typer.Option(help="Of a multi-vector index: float32, float16, int8, 8-bit, 4-bit, 2-bit or 1-bit."),
+]
+MetadataOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="CORPUS", help="Keep the metadata that the rows of this corpus have; documents are filtered by them."
+    ),
 ]
 BatchSizeOption = Annotated[int, typer.Option(min=1, help="Texts per forward pass.")]

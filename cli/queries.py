@@ -34,7 +34,7 @@ class QueryEncoder:
             raise ValueError(f"--language: {type(encoder).__name__} reads all languages alike, leave it out")
         self._language = language_of(language, encoder) if language is not None else None
         # Weights of an inference-free query come from a corpus: they fit the vectors of any model with that vocabulary.
-        self._fingerprint = model_fingerprint(encoder) if processor is not None else None
+        self._fingerprint = model_fingerprint(encoder, processor) if processor is not None else None
         self._vocabulary = vocabulary_fingerprint((processor or encoder).tokenizer)
 
     @classmethod

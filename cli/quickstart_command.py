@@ -1,4 +1,4 @@
-"""`rarezoo quickstart`: a family at work on real text, from training to explained answers."""
+"""`rarezoo quickstart`: a family at work on real text, from training to answers."""
 
 from __future__ import annotations
 
@@ -10,21 +10,30 @@ import typer
 
 from rarezoo.cli.family_names import FamilyArgument
 
-_TOURS = {"mistral_splade": "rarezoo.cli.quickstart"}
+# Where each tour is, and where it puts its files.
+_TOURS = {
+    "mistral_splade": ("rarezoo.cli.quickstart_mistral_splade", "runs/quickstart"),
+    "colbert_xm": ("rarezoo.cli.quickstart_colbert_xm", "runs/quickstart-colbert-xm"),
+}
 
 
 def quickstart(
     family: FamilyArgument = "mistral_splade",
-    output: Annotated[Path, typer.Option(help="Folder for the checkpoint, the index and the picture.")] = Path(
-        "runs/quickstart"
-    ),
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the checkpoint, the index and the picture. By default runs/quickstart, or "
+            "runs/quickstart-colbert-xm."
+        ),
+    ] = None,
 ) -> None:
     """Watch a family at work on real text.
 
-    Trains a small model on the documentation strings of this machine, saves it, loads it without the package, indexes,
-    searches, explains and quantizes. Nothing is downloaded.
+    Trains a small model on the texts of this machine, saves it, loads it without the package, indexes, searches and
+    quantizes. mistral_splade reads documentation strings and explains its answers; colbert_xm reads translated messages
+    of programs, answers questions in several languages, and learns a further one. Nothing is downloaded.
     """
-    module = _TOURS.get(family)
-    if module is None:
+    if family not in _TOURS:
         raise ValueError(f"no quickstart for {family!r}; expected {', '.join(_TOURS)}")
-    importlib.import_module(module).run(output)
+    module, folder = _TOURS[family]
+    importlib.import_module(module).run(output or Path(folder))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json as json_format
 import os
 import re
 from pathlib import Path
@@ -26,6 +27,14 @@ def search(
     queries: Annotated[Path | None, typer.Option(help="Instead of QUERY: a file of queries; needs --run.")] = None,
     run: Annotated[Path | None, typer.Option(help="Write the answers to this TREC run file.")] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Documents per query.")] = 10,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FIELD=VALUE",
+            help="Only documents with this in their metadata: JSON, or else text. Of several for a field any one, of "
+            "several fields all.",
+        ),
+    ] = None,
     terms: Annotated[int, typer.Option(min=0, help="Matched terms shown per document, of a sparse index.")] = 8,
     language: LanguageOption = None,
     device: DeviceOption = None,
@@ -36,6 +45,7 @@ def search(
 
     Each answer shows its score; of a sparse index also the terms of the query that matched, with what each contributed.
     """
+    filters = parse_where(where or [])
     if (query is None) == (queries is None) or (queries is None) != (run is None):
         raise ValueError("give either a QUERY, or --queries FILE together with --run FILE")
     from rarezoo.cli.queries import QueryEncoder
@@ -44,9 +54,9 @@ def search(
     opened = open_index(index)
     encoder = QueryEncoder.load(model, device, dtype, language)
     if queries is not None and run is not None:
-        _write_run(opened, encoder, queries, run, top_k, json)
+        _write_run(opened, encoder, queries, run, top_k, filters, json)
         return
-    answers = _answers(opened, encoder, str(query), top_k, terms)
+    answers = _answers(opened, encoder, str(query), top_k, filters, terms)
     if corpus is not None:
         texts = find_texts(corpus, {answer["id"] for answer in answers})
         for answer in answers:
@@ -54,20 +64,47 @@ def search(
     if json:
         print_json({"query": query, "answers": answers})
     else:
-        print_answers(answers)
+        print_answers(answers, filtered=filters is not None)
 
 
-def _answers(index: Any, encoder: Any, query: str, top_k: int, terms: int) -> list[dict[str, Any]]:
+def parse_where(conditions: list[str]) -> dict[str, list[Any]] | None:
+    """Of every field the values that are allowed, from `FIELD=VALUE`; None without conditions.
+
+    Raises `ValueError` for another form.
+    """
+    where: dict[str, list[Any]] = {}
+    for condition in conditions:
+        field, equals, text = condition.partition("=")
+        if not (field and equals):
+            raise ValueError(f"--where {condition!r}: expected FIELD=VALUE")
+        value = _json_or_text(text)
+        where.setdefault(field, []).extend(value if isinstance(value, list) else [value])
+    return where or None
+
+
+def _json_or_text(text: str) -> Any:
+    try:
+        return json_format.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")  # Python takes NaN and Infinity for numbers
+
+
+def _answers(
+    index: Any, encoder: Any, query: str, top_k: int, where: dict[str, list[Any]] | None, terms: int
+) -> list[dict[str, Any]]:
     embedded = encoder.encode(["query"], [query])
-    (found,) = search_all(index, embedded, top_k)
-    if not hasattr(index, "matched_terms"):
-        return [{"rank": rank, "id": name, "score": round(score, 6)} for rank, (name, score) in enumerate(found, 1)]
-    return [
-        {
-            "rank": rank,
-            "id": document_id,
-            "score": round(score, 6),
-            "terms": [
+    (found,) = search_all(index, embedded, top_k, where)
+    answers: list[dict[str, Any]] = []
+    for rank, (document_id, score) in enumerate(found, 1):
+        answer: dict[str, Any] = {"rank": rank, "id": document_id, "score": round(score, 6)}
+        if metadata := index.metadata(document_id):
+            answer["metadata"] = metadata
+        if hasattr(index, "matched_terms"):
+            answer["terms"] = [
                 {
                     "token": encoder.token(term.vocabulary_index),
                     "query_weight": round(term.query_weight, 6),
@@ -75,17 +112,24 @@ def _answers(index: Any, encoder: Any, query: str, top_k: int, terms: int) -> li
                     "contribution": round(term.query_weight * term.document_weight, 6),
                 }
                 for term in index.matched_terms(embedded, document_id)[:terms]
-            ],
-        }
-        for rank, (document_id, score) in enumerate(found, 1)
-    ]
+            ]
+        answers.append(answer)
+    return answers
 
 
-def _write_run(index: Any, encoder: Any, queries: Path, run: Path, top_k: int, json: bool) -> None:
+def _write_run(
+    index: Any,
+    encoder: Any,
+    queries: Path,
+    run: Path,
+    top_k: int,
+    where: dict[str, list[Any]] | None,
+    json: bool,
+) -> None:
     from rarezoo.retrieval import read_queries, write_run
 
     ids, texts = zip(*read_queries(queries))
-    found = search_all(index, encoder.encode(ids, texts, show_progress_bar=True), top_k)
+    found = search_all(index, encoder.encode(ids, texts, show_progress_bar=True), top_k, where)
     write_run(dict(zip(ids, found)), run)
     answer = {"run": str(run), "queries": len(ids), "answers": sum(map(len, found))}
     if json:
@@ -94,7 +138,9 @@ def _write_run(index: Any, encoder: Any, queries: Path, run: Path, top_k: int, j
         typer.echo(f"{run}: {answer['answers']:,} answers to {answer['queries']:,} queries")
 
 
-def search_all(index: Any, queries: Any, top_k: int) -> list[list[tuple[str, float]]]:
+def search_all(
+    index: Any, queries: Any, top_k: int, where: dict[str, list[Any]] | None = None
+) -> list[list[tuple[str, float]]]:
     """`index.search` of queries of its kind, on all cores.
 
     Raises `ValueError` when the queries come from a model of another kind.
@@ -109,7 +155,8 @@ def search_all(index: Any, queries: Any, top_k: int) -> list[list[tuple[str, flo
             f"{index.folder} holds {held}, --model gives {found}: use the model that encoded the documents"
         )
     # The products of multi-vectors use all cores anyway.
-    return index.search(queries, top_k, **({"num_threads": os.cpu_count() or 1} if is_sparse else {}))
+    threads = {"num_threads": os.cpu_count() or 1} if is_sparse else {}
+    return index.search(queries, top_k, where=where, **threads)
 
 
 def find_texts(corpus: Path, ids: set[str]) -> dict[str, str]:
@@ -131,16 +178,19 @@ def find_texts(corpus: Path, ids: set[str]) -> dict[str, str]:
     return texts
 
 
-def print_answers(answers: list[dict[str, Any]]) -> None:
-    """Rank, score and identifier; below them the matched terms and the part of the text where most of them stand."""
+def print_answers(answers: list[dict[str, Any]], filtered: bool = False) -> None:
+    """Rank, score, identifier; below them matched terms, metadata, and the part of the text where most terms stand."""
     if not answers:
-        typer.echo("nothing found: no document shares a term with the query")
+        among = "no document with the metadata of --where" if filtered else "no document"
+        typer.echo(f"nothing found: {among} shares a term with the query")
     for answer in answers:
         typer.echo(f"{answer['rank']:>3}. {answer['score']:9.4f}  {answer['id']}")
         terms = answer.get("terms", [])
         matched = [f"{printable(term['token'])} {term['contribution']:.2f}" for term in terms]
         if matched:
             typer.echo(f"     {'  '.join(matched)}")
+        if "metadata" in answer:
+            typer.echo(f"     {printable(json_format.dumps(answer['metadata'], ensure_ascii=False))}")
         if "text" in answer:
             typer.echo(f"     {snippet(answer['text'], [term['token'] for term in terms])}")
 

@@ -23,6 +23,7 @@ from transformers import AutoTokenizer
 from rarezoo.colbert_xm import ColBERTXMConfig, ColBERTXMForRetrieval, ColBERTXMProcessor
 from rarezoo.colbert_xm.colbert_metadata import (
     METADATA_NAME,
+    PROJECTION,
     is_stanford_layout,
     processor_settings,
     usable_fields,
@@ -43,7 +44,6 @@ from rarezoo.conversion.pylate_files import (
 )
 
 FAMILY = ColBERTXMConfig.model_type
-PROJECTION = "linear.weight"
 PROCESSOR_OPTIONS = tuple(
     name for name in inspect.signature(ColBERTXMProcessor).parameters if name not in ("tokenizer", "chat_template")
 )
@@ -147,11 +147,8 @@ def _open_own_or_stanford(folder: Path, layout: str, kept: Mapping, options: Map
     except ValueError as error:
         raise ConversionError(f"the configuration of {folder} is not valid: {error}") from error
     notes = []
-    if layout == "stanford":
-        stated = _stated_metadata(folder)
-        if stated is None:
-            notes.append(f"There is no {METADATA_NAME}: lengths, markers and masks are colbert-ai's defaults.")
-        fields["dim"] = _dim(weights, (stated or {}).get("dim"), fields["dim"])
+    if layout == "stanford" and not (folder / METADATA_NAME).exists():
+        notes.append(f"There is no {METADATA_NAME}: lengths, markers and masks are colbert-ai's defaults.")
     config = _build_config(fields, folder, kept)
     try:
         processor = ColBERTXMProcessor.from_pretrained(folder, local_files_only=True, **options)
@@ -159,18 +156,6 @@ def _open_own_or_stanford(folder: Path, layout: str, kept: Mapping, options: Map
         raise ConversionError(f"no processor can be made from {folder}: {error}") from error
     _check_vocabulary(processor, config)
     return Source(layout, folder, config, processor, weights, notes)
-
-
-def _stated_metadata(folder: Path) -> dict[str, Any] | None:
-    path = folder / METADATA_NAME
-    return read_json(path) if path.exists() else None
-
-
-def _dim(weights: CheckpointReader, stated: Any, default: int) -> int:
-    """Settings that do not say it leave the projection's own shape."""
-    if isinstance(stated, int) or PROJECTION not in weights:
-        return default
-    return weights.entries[PROJECTION].shape[0]
 
 
 # --- .dnn files -------------------------------------------------------------------------------------------------------
@@ -201,8 +186,11 @@ def _open_dnn(file: Path, base: str | os.PathLike | None, kept: Mapping, options
     arguments = read_pickle(file).get("arguments")
     arguments = arguments if isinstance(arguments, dict) else {}
     metadata = usable_fields({name: value for name, value in arguments.items() if value is not None}, file)
-    fields["dim"] = _dim(weights, arguments.get("dim"), metadata["dim"])
     fields["similarity"] = metadata["similarity"]
+    if metadata["dim"] is not None:
+        fields["dim"] = metadata["dim"]
+    elif PROJECTION in weights:
+        fields["dim"] = weights.entries[PROJECTION].shape[0]
     config = _build_config(fields, folder, kept)
     # Versions that save .dnn files overwrite a placeholder with the marker.
     settings = {**processor_settings(metadata), "marker_mode": "replace", **options}

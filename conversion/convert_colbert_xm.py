@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoProcessor, XmodConfig
 from transformers.dynamic_module_utils import custom_object_save
 
 from rarezoo.colbert_xm import ColBERTXMConfig, ColBERTXMForRetrieval, ColBERTXMProcessor
-from rarezoo.colbert_xm.colbert_metadata import METADATA_NAME
+from rarezoo.colbert_xm.colbert_metadata import write_metadata
 from rarezoo.colbert_xm.sentence_transformers_colbert_xm import write_multi_vector_encoder_files
 from rarezoo.conversion.checkpoint_files import CheckpointReader, ConversionError, read_json, write_json
 from rarezoo.conversion.colbert_xm_layouts import FAMILY, PROJECTION, Source, open_checkpoint
@@ -124,6 +124,7 @@ def to_rarezoo(
         opened.config.save_pretrained(staging)
         custom_object_save(ColBERTXMForRetrieval, staging)
         opened.processor.save_pretrained(staging)
+        write_metadata(staging, opened.config)
         write_multi_vector_encoder_files(staging)
         _copy_small_files(opened.folder, staging)
         verify_weights(staging, written)
@@ -174,7 +175,7 @@ def _write_stanford(
         raise ConversionError("colbert-ai has no skip list of its own: skiplist_tokens cannot be written; use 'pylate'")
     written, dropped = _write_weights(opened, target, dtype, max_shard_size)
     _write_official_config(opened.config, written, "HF_ColBERT", target)
-    write_json(target / METADATA_NAME, official_metadata(opened.config, opened.processor))
+    write_metadata(target, opened.config, opened.processor)
     verify_weights(target, written)
     opened.notes.append(
         f"colbert-ai places markers as its version does; this checkpoint was made for {opened.processor.marker_mode!r}."
@@ -198,24 +199,6 @@ def _write_pylate(
     if opened.config.similarity != "cosine":
         opened.notes.append(f"PyLate scores by cosine, which ranks as {opened.config.similarity!r} does.")
     return [written, dense], dropped
-
-
-def official_metadata(config: ColBERTXMConfig, processor: ColBERTXMProcessor) -> dict[str, Any]:
-    """The fields of colbert-ai's `ColBERTConfig` that say how texts are read; no paths, no host names."""
-    return {
-        "query_token_id": processor.query_marker,
-        "doc_token_id": processor.document_marker,
-        "query_token": "[Q]",
-        "doc_token": "[D]",
-        "query_maxlen": processor.max_query_length,
-        "doc_maxlen": processor.max_document_length,
-        "dim": config.dim,
-        "similarity": config.similarity,
-        "attend_to_mask_tokens": processor.attend_to_mask_tokens,
-        "mask_punctuation": processor.mask_punctuation,
-        "interaction": "colbert",
-        "marker_mode": processor.marker_mode,
-    }
 
 
 def _expected(opened: Source) -> dict[str, tuple[int, ...]]:

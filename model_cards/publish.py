@@ -46,6 +46,7 @@ CHECKPOINT_FILES = (
     "lora/adapter_model.safetensors",
     "modules.json",
     "config_sentence_transformers.json",
+    "artifact.metadata",
     "sentence_bert_config.json",
     "training_recipe.json",
     "evaluation.json",

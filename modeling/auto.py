@@ -8,6 +8,7 @@ import comes first.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -113,6 +114,17 @@ FAMILIES: dict[str, Family] = {
         ),
     )
 }
+
+
+def family_of(checkpoint: str) -> str | None:
+    """The name of the family that reads a checkpoint folder or Hub repository, also one in its official layout; None
+    where there is none of either."""
+    for family in FAMILIES.values():
+        with contextlib.suppress(OSError, ValueError):
+            settings, _ = family.config_class().get_config_dict(checkpoint)
+            if settings.get("model_type") == family.name:
+                return family.name
+    return None
 
 
 class _LazyRegistry(dict):

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rarezoo.auto import FAMILIES, Family
+from rarezoo.auto import FAMILIES, Family, family_of
 
 _LISTED_NAMES = 6
 _PROCESSOR_FILES = ("processor_config.json", "tokenizer_config.json", "tokenizer.json")
@@ -35,31 +35,33 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def load_config(source: str | os.PathLike[str]) -> tuple[Family, Any]:
-    """The family and the configuration of a checkpoint folder or Hub repository.
+    """The family and the configuration of a checkpoint folder or Hub repository, also of one in an official layout that
+    the family reads.
 
     Raises:
         OSError: it has no config.json.
         ValueError: a model that is not in the zoo, or a value that its configuration does not allow.
     """
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
     from transformers.utils import cached_file
 
     file = Path(str(cached_file(str(source), "config.json")))
     model_type = read_object(file).get("model_type")
-    if model_type not in FAMILIES:
+    name = model_type if model_type in FAMILIES else family_of(str(source))
+    if name is None:
         raise ValueError(
             f"{source} has model_type {model_type!r}; expected one of {', '.join(sorted(FAMILIES))}. "
             "Other layouts are read by `rarezoo convert FAMILY SOURCE DESTINATION`"
         )
     try:
-        return FAMILIES[model_type], AutoConfig.from_pretrained(source)
+        return FAMILIES[name], FAMILIES[name].config_class().from_pretrained(source)
     except (StrictDataclassError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{file}: {error}") from error
 
 
 def load_model(source: str | os.PathLike[str], auto_class: str = "AutoModel", **arguments: Any) -> Any:
-    """`from_pretrained` of an AutoClass, in evaluation mode.
+    """`from_pretrained` of the class that an AutoClass gives, in evaluation mode. An AutoClass itself does not know
+    official layouts.
 
     Args:
         source: checkpoint folder or Hub repository.
@@ -69,16 +71,16 @@ def load_model(source: str | os.PathLike[str], auto_class: str = "AutoModel", **
     Raises:
         ValueError: weights are missing, not expected or of another shape, or a weight file is damaged.
     """
-    import transformers
     from safetensors import SafetensorError
 
-    _, config = load_config(source)
+    family, config = load_config(source)
+    model_class = family.model_class(auto_class)
     mismatched: list[tuple[str, Any, Any]] = []
     try:
         if "quantization_config" in arguments:
-            mismatched = _mismatched_shapes(Path(source), getattr(transformers, auto_class), config)
+            mismatched = _mismatched_shapes(Path(source), model_class, config)
         with _quiet_report():
-            model, found = getattr(transformers, auto_class).from_pretrained(
+            model, found = model_class.from_pretrained(
                 source, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
             )
     except (SafetensorError, pickle.UnpicklingError, EOFError) as error:
@@ -105,18 +107,20 @@ def load_model(source: str | os.PathLike[str], auto_class: str = "AutoModel", **
 
 
 def load_processor(source: str | os.PathLike[str]) -> Any:
-    """The processor that is stored in a checkpoint.
+    """The processor that is stored in a checkpoint, or that its official files describe.
 
     Raises:
         FileNotFoundError: its processor_config.json is missing, which holds the templates.
         ValueError: one of its files is damaged.
     """
-    from transformers import AutoProcessor
     from transformers.utils import cached_file
 
+    family, _ = load_config(source)
+    processor_class: Any = family.processor_class()
+    ours = read_object(Path(str(cached_file(str(source), "config.json")))).get("model_type") == family.name
     for name in _PROCESSOR_FILES:
         file = cached_file(str(source), name, _raise_exceptions_for_missing_entries=False)
-        if file is None and name == "processor_config.json":
+        if file is None and ours and name == "processor_config.json":
             raise FileNotFoundError(
                 f"{source} has no {name}, which holds the templates that the model was trained with; save the "
                 "processor into it with save_pretrained"
@@ -126,7 +130,7 @@ def load_processor(source: str | os.PathLike[str]) -> Any:
         if file is not None:
             read_object(Path(file))
     try:
-        return AutoProcessor.from_pretrained(source)
+        return processor_class.from_pretrained(source)
     except (OSError, ImportError):
         raise
     except Exception as error:  # the tokenizers library raises bare exceptions
@@ -147,13 +151,13 @@ def _damaged_file(folder: Path) -> Path | None:
     return None
 
 
-def _mismatched_shapes(folder: Path, auto_class: Any, config: Any) -> list[tuple[str, Any, Any]]:
+def _mismatched_shapes(folder: Path, model_class: Any, config: Any) -> list[tuple[str, Any, Any]]:
     """(name, stored shape, expected shape) of the weights in a folder's safetensors files that differ."""
     import torch
     from safetensors import safe_open
 
     with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in auto_class.from_config(config).state_dict().items()}
+        expected = {name: tuple(tensor.shape) for name, tensor in model_class(config).state_dict().items()}
     wrong = []
     for file in sorted(folder.glob("model*.safetensors")):
         with safe_open(file, framework="pt") as tensors:

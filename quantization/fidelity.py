@@ -42,11 +42,13 @@ class EvaluationSet:
         queries: query id -> text.
         documents: document id -> text.
         qrels: query id -> {document id: relevance grade, an integer}.
+        language: of all texts, where the model has language adapters; None for its default.
     """
 
     queries: Mapping[str, str]
     documents: Mapping[str, str]
     qrels: Mapping[str, Mapping[str, int]]
+    language: str | None = None
 
     def __post_init__(self) -> None:
         if not self.queries or not self.documents:
@@ -164,8 +166,11 @@ def rank(model: Any, processor: Any, evaluation: EvaluationSet) -> dict[str, dic
         {query id: {document id: score}}, best first.
     """
     judged = {query: text for query, text in evaluation.queries.items() if query in evaluation.qrels}
-    queries = model.encode_queries(list(judged.values()), processor=processor, show_progress_bar=True)
-    documents = model.encode_documents(list(evaluation.documents.values()), processor=processor, show_progress_bar=True)
+    options: dict[str, Any] = {"processor": processor, "show_progress_bar": True}
+    if evaluation.language is not None:
+        options["language"] = evaluation.language
+    queries = model.encode_queries(list(judged.values()), **options)
+    documents = model.encode_documents(list(evaluation.documents.values()), **options)
     names, multi_vector = list(evaluation.documents), _is_multi_vector(model)
     run = {}
     for row, query in enumerate(judged):

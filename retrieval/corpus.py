@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from rarezoo.retrieval.text_files import read_lines, read_text
 
@@ -25,10 +25,13 @@ class Document(NamedTuple):
     Attributes:
         id: unique in its corpus.
         text: title, a space and text where there is a title; may be empty.
+        metadata: what a JSONL row has under that name, as it stands there; None without. An index stores it when it is
+            flat, see `build_index`.
     """
 
     id: str
     text: str
+    metadata: dict[str, Any] | None = None
 
 
 class Query(NamedTuple):
@@ -38,8 +41,7 @@ class Query(NamedTuple):
     text: str
 
 
-Entry = TypeVar("Entry", Document, Query)
-_Row = tuple[str, str, str]  # where it stands, id, text
+_Row = tuple[str, str, str, Any]  # where it stands, id, text, metadata
 
 
 def read_corpus(path: str | os.PathLike[str]) -> Iterator[Document]:
@@ -47,9 +49,10 @@ def read_corpus(path: str | os.PathLike[str]) -> Iterator[Document]:
 
     Args:
         path: one of, each also gzip-compressed as `….gz`:
-            a BEIR folder (`corpus.jsonl` with `_id`, `title`, `text`; Thakur et al. 2021, arXiv 2104.08663);
+            a BEIR folder (`corpus.jsonl` with `_id`, `title`, `text`, `metadata`; Thakur et al. 2021,
+            arXiv 2104.08663);
             a `.jsonl` file: an object a line with `_id`, `id` or `docid`, with `text`, `contents` or `content`, and
-            optionally `title`;
+            optionally `title` and `metadata`;
             a `.tsv` file: id, tab, text;
             a `.txt` file: one document a line, empty lines skipped, the line number as id;
             any other folder: every `.txt` file below it is one document, its relative path as id.
@@ -64,7 +67,7 @@ def read_corpus(path: str | os.PathLike[str]) -> Iterator[Document]:
     """
     path = _existing(path)
     rows = _folder_rows(path) if path.is_dir() else _file_rows(path)
-    return _checked(rows, path, Document)
+    return (Document(row_id, text, metadata) for row_id, text, metadata in _checked(rows, path, "document"))
 
 
 def read_queries(path: str | os.PathLike[str]) -> Iterator[Query]:
@@ -74,7 +77,7 @@ def read_queries(path: str | os.PathLike[str]) -> Iterator[Query]:
         path = _required(
             path, "queries.jsonl", "expected a BEIR folder (corpus.jsonl, queries.jsonl, qrels/) or a file"
         )
-    return _checked(_file_rows(path), path, Query)
+    return (Query(row_id, text) for row_id, text, _ in _checked(_file_rows(path), path, "query"))
 
 
 def read_qrels(path: str | os.PathLike[str], split: str = "test") -> Qrels:
@@ -171,7 +174,7 @@ def _folder_rows(folder: Path) -> Iterable[_Row]:
     files = sorted(file for file in folder.rglob("*") if file.name.endswith((".txt", ".txt.gz")) and file.is_file())
     if not files:
         raise FileNotFoundError(f"{folder}: has neither corpus.jsonl (a BEIR folder) nor any .txt file below it")
-    return ((str(file), file.relative_to(folder).as_posix(), read_text(file)) for file in files)
+    return ((str(file), file.relative_to(folder).as_posix(), read_text(file), None) for file in files)
 
 
 def _file_rows(path: Path) -> Iterable[_Row]:
@@ -200,7 +203,7 @@ def _json_rows(path: Path) -> Iterator[_Row]:
         text, title = _field(row, TEXT_FIELDS, where), row.get("title") or ""
         if not isinstance(text, str) or not isinstance(title, str):
             raise ValueError(f"{where}: text and title must be strings, found {text!r:.40} and {title!r:.40}")
-        yield where, str(row_id), f"{title} {text}".rstrip() if title else text
+        yield where, str(row_id), f"{title} {text}".rstrip() if title else text, row.get("metadata")
 
 
 def _field(row: dict, names: tuple[str, ...], where: str):
@@ -219,18 +222,19 @@ def _tsv_rows(path: Path) -> Iterator[_Row]:
             raise ValueError(f"{path}, line {number}: expected 2 columns (id, tab, text), found {len(columns)}")
         if number == 1 and columns[0] in ID_FIELDS and columns[1] in TEXT_FIELDS:
             continue  # a header line
-        yield f"{path}, line {number}", columns[0], columns[1]
+        yield f"{path}, line {number}", columns[0], columns[1], None
 
 
 def _txt_rows(path: Path) -> Iterator[_Row]:
     for number, line in read_lines(path):
         if line.strip():
-            yield f"{path}, line {number}", str(number), line.strip()
+            yield f"{path}, line {number}", str(number), line.strip(), None
 
 
-def _checked(rows: Iterable[_Row], path: Path, kind: type[Entry]) -> Iterator[Entry]:
+def _checked(rows: Iterable[_Row], path: Path, kind: str) -> Iterator[tuple[str, str, Any]]:
+    """Identifier, text and metadata of every row."""
     seen: set[str] = set()
-    for where, row_id, text in rows:
+    for where, row_id, text, metadata in rows:
         if not row_id.strip() or any(character in row_id for character in "\t\r\n\0"):
             raise ValueError(f"{where}: an id must not be empty or hold tabs, line breaks or NUL, found {row_id!r}")
         if row_id in seen:
@@ -240,9 +244,9 @@ def _checked(rows: Iterable[_Row], path: Path, kind: type[Entry]) -> Iterator[En
                 f"{where}: the entry {row_id!a} holds unpaired surrogates, which are not valid Unicode text"
             )
         seen.add(row_id)
-        yield kind(row_id, text)
+        yield row_id, text, metadata
     if not seen:
-        raise ValueError(f"{path}: holds no {kind.__name__.lower()}")
+        raise ValueError(f"{path}: holds no {kind}")
 
 
 def _is_unicode(text: str) -> bool:

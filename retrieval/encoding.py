@@ -20,9 +20,16 @@ from tqdm.auto import tqdm
 
 from rarezoo.auto import FAMILIES
 from rarezoo.retrieval import multi_vector_embeddings, sparse_embeddings, storage
-from rarezoo.retrieval.fingerprint import model_fingerprint, processor_fingerprint, vocabulary_fingerprint
+from rarezoo.retrieval.fingerprint import (
+    adapter_fingerprint,
+    model_fingerprint,
+    processor_fingerprint,
+    vocabulary_fingerprint,
+)
+from rarezoo.retrieval.identifiers import SeenIds
 from rarezoo.retrieval.multi_vector_embeddings import MultiVectorEmbeddings
-from rarezoo.retrieval.sparse_embeddings import MANIFEST_NAME, SeenIds, SparseEmbeddings, list_shards, shard_name
+from rarezoo.retrieval.shards import MANIFEST_NAME, list_shards, shard_name
+from rarezoo.retrieval.sparse_embeddings import SparseEmbeddings
 
 # Jobs begun by rarezoo's first version do not know them, and may be resumed.
 _LATER_SETTINGS = ("vocabulary", "dtype")
@@ -159,9 +166,12 @@ class _MultiVectors:
         self._dim = model.config.dim
         if language is None or isinstance(language, str):
             name = model.config.languages[model.config.language_id(language)]
+            used = [name]
         else:
             name = getattr(language, "__qualname__", type(language).__qualname__)
-        self.settings = {"language": name}
+            used = model.config.languages
+        # The fingerprint leaves them out, but the vectors of one job come from one set of adapters.
+        self.settings = {"language": name, "adapters": adapter_fingerprint(model, used)}
 
     def encode(self, texts: list[str], batch_size: int) -> list[np.ndarray]:
         found = self._encode(texts, self._processor, batch_size=batch_size, language=self._language)
@@ -207,7 +217,7 @@ class _Job:
         self.shard_size = shard_size
         self.kind = kind
         self.settings = {
-            "fingerprint": model_fingerprint(model),
+            "fingerprint": model_fingerprint(model, processor),
             "processor": processor_fingerprint(processor),
             # The fingerprint is the same in every precision, but the weights differ.
             "dtype": str(model.dtype).removeprefix("torch."),

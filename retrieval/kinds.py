@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from rarezoo.retrieval import storage
+from rarezoo.retrieval.metadata import MetadataOf
 from rarezoo.retrieval.multi_vector_embeddings import MultiVectorEmbeddings
 from rarezoo.retrieval.multi_vector_index import MultiVectorIndex
 from rarezoo.retrieval.sparse_embeddings import SparseEmbeddings
@@ -33,6 +34,7 @@ def build_index(
     embeddings: SparseEmbeddings | MultiVectorEmbeddings,
     folder: str | os.PathLike[str],
     precision: str | None = None,
+    metadata: MetadataOf | None = None,
 ) -> SparseIndex | MultiVectorIndex:
     """`SparseIndex.build` or `MultiVectorIndex.build`; their errors.
 
@@ -40,12 +42,14 @@ def build_index(
         embeddings: of the documents.
         folder: new.
         precision: of multi-vectors, see `MultiVectorIndex.build`; None means "float32".
+        metadata: of documents, by identifier: fields with str, int, float, bool, None or a list of those. A corpus'
+            metadata is `{document.id: document.metadata for document in read_corpus(path)}`.
 
     Raises:
         ValueError: also for a precision of sparse vectors, which have but one.
     """
     if isinstance(embeddings, MultiVectorEmbeddings):
-        return MultiVectorIndex.build(embeddings, folder, precision or "float32")
+        return MultiVectorIndex.build(embeddings, folder, precision or "float32", metadata=metadata)
     if precision is not None:
         raise ValueError("precision: an index of sparse vectors is exact, in float32; leave it out")
-    return SparseIndex.build(embeddings, folder)
+    return SparseIndex.build(embeddings, folder, metadata)

@@ -27,10 +27,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rarezoo.retrieval import storage
+from rarezoo.retrieval.identifiers import SeenIds, listed_ids
 from rarezoo.retrieval.multi_vector_embeddings import MultiVectorEmbeddings
 from rarezoo.retrieval.multi_vector_index import MultiVectorIndex
 from rarezoo.retrieval.residual_codec import ResidualCodec
-from rarezoo.retrieval.sparse_embeddings import SeenIds, listed_ids
 
 IDS_NAME = "document_ids.json"
 

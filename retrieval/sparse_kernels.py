@@ -85,7 +85,7 @@ def search_segment(
     documents,
     weights,
     num_documents,
-    deleted,
+    excluded,
     first_document,
     query_indptr,
     query_indices,
@@ -102,7 +102,7 @@ def search_segment(
         documents: (postings,) uint16, numbered within the block.
         weights: (postings,) float32.
         num_documents: of the segment.
-        deleted: (num_documents,) uint8, 1 where deleted; (0,) when none is.
+        excluded: (num_documents,) uint8, 1 where deleted or filtered out; (0,) when none is.
         first_document: number of the segment's first document in the whole index.
         query_indptr, query_indices, query_weights: CSR rows.
         top_scores: (queries, k) float32, a heap per query, changed.
@@ -121,7 +121,7 @@ def search_segment(
             top_sizes[query] = _collect(
                 accumulator,
                 block_length,
-                deleted,
+                excluded,
                 block_start,
                 first_document + block_start,
                 top_scores[query],
@@ -140,7 +140,7 @@ def _accumulate(accumulator, documents, weights, query_weight):
 
 
 @_compiled
-def _collect(accumulator, block_length, deleted, block_start, first_document, scores, documents, size):
+def _collect(accumulator, block_length, excluded, block_start, first_document, scores, documents, size):
     """Take the scores above the worst kept one out of the accumulator, and empty it. Returns the heap's size."""
     threshold = scores[0] if size == scores.size else np.float32(0)
     # Strips of a constant length, which the compiler turns into vector instructions.
@@ -153,7 +153,7 @@ def _collect(accumulator, block_length, deleted, block_start, first_document, sc
             for number in range(min(_STRIP, block_length - start)):
                 document = start + number
                 score = strip[number]
-                if score > threshold and (deleted.size == 0 or deleted[block_start + document] == 0):
+                if score > threshold and (excluded.size == 0 or excluded[block_start + document] == 0):
                     size = _push(scores, documents, size, score, first_document + document)
                     if size == scores.size:
                         threshold = scores[0]

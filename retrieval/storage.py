@@ -9,7 +9,7 @@ import re
 import secrets
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -137,18 +137,24 @@ def _parsed(path: Path, text: str | bytes) -> dict[str, Any]:
     return content
 
 
-def read_manifest(path: Path, contents: str, format_version: int) -> dict[str, Any]:
-    """Read the manifest of a folder of sparse vectors or of an index, and see that this release can read the rest.
+def read_manifest(path: Path, kind: str, contents: str, format_version: int) -> dict[str, Any]:
+    """Read the manifest of a folder of embeddings or of an index, and see that this release can read the rest.
+
+    Args:
+        path: of the manifest.
+        kind: of representation, that the manifest must name.
+        contents: what the folder holds, for the message that it holds none.
+        format_version: that the manifest must name.
 
     Raises:
         FileNotFoundError: the folder has none.
-        ValueError: it is damaged, of another kind or of a newer version.
+        ValueError: it is damaged, of another kind or of another version.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} holds no {contents}: {path.name} is missing")
     manifest = read_json(path)
-    if manifest.get("kind") != "sparse":
-        raise ValueError(f"{path}: expected kind 'sparse', found {manifest.get('kind')!r}")
+    if manifest.get("kind") != kind:
+        raise ValueError(f"{path}: expected kind {kind!r}, found {manifest.get('kind')!r}")
     if manifest.get("format_version") != format_version:
         raise ValueError(
             f"{path}: format version {manifest.get('format_version')!r}, this rarezoo reads version {format_version}"
@@ -203,7 +209,7 @@ def _opened(path: Path) -> Iterator[Any]:
         raise FileNotFoundError(f"{path} is missing") from error
 
 
-def map_tensors(path: Path, dtypes: dict[str, type], mmap: bool = True) -> dict[str, np.ndarray]:
+def map_tensors(path: Path, dtypes: Mapping[str, type], mmap: bool = True) -> dict[str, np.ndarray]:
     """Open one safetensors file memory-mapped and read-only (a copy in memory with `mmap=False`).
 
     Args:
@@ -227,6 +233,19 @@ def map_tensors(path: Path, dtypes: dict[str, type], mmap: bool = True) -> dict[
             tensors[name] = tensors[name].copy()
         tensors[name].flags.writeable = False
     return tensors
+
+
+def check_shapes(path: Path, tensors: dict[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """That tensors of a file have the shapes that its manifest tells of; else a ValueError."""
+    for name, shape in shapes.items():
+        if tensors[name].shape != shape:
+            raise ValueError(f"{path} is damaged: '{name}' has the shape {tensors[name].shape}, not {shape}")
+
+
+def check_offsets(path: Path, name: str, offsets: np.ndarray, end: int) -> None:
+    """That offsets of a file increase from 0 to `end`; else a ValueError."""
+    if offsets[0] != 0 or offsets[-1] != end or (offsets[1:] < offsets[:-1]).any():
+        raise ValueError(f"{path} is damaged: '{name}' does not increase from 0 to {end}")
 
 
 def _read_metadata(path: Path) -> dict[str, Any]:

@@ -21,7 +21,9 @@ from rarezoo.cli.search import snippet
 
 from .commands import call, write_collection, write_jsonl
 
-VERBS = "quickstart list info convert train encode index search explain eval quantize export card push".split()
+VERBS = (
+    "quickstart list info convert train train-language encode index search explain eval quantize export card push"
+).split()
 SCRIPT = Path(sys.executable).with_name("rarezoo")
 DOCUMENTS = {
     "paris": "the capital of france is paris",

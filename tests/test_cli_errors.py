@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from rarezoo.quantization import SCHEMES, quantize
 from rarezoo.retrieval import read_run
 
 from .commands import call, refused, write_collection
+from .folders import file_limit
 
 DOCUMENTS = {
     "paris": "the capital of france is paris",
@@ -198,22 +198,6 @@ def test_damaged_records_are_named(checkpoint, name, content):
 
 
 # --- full disks -------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def file_limit(size: int):
-    """Writing more than `size` bytes to one file fails as on a full disk.
-
-    It holds for the whole process, and so for a file that takes pytest's report: never beyond the command itself.
-    """
-    import resource
-
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 # The weights of the bf16 copy take more than 100 kB, the tokenizer 13 kB, the configuration more than 1 kB.

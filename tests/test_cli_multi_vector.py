@@ -5,12 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoProcessor, XmodConfig, XmodForMaskedLM
 
 from rarezoo import ColBERTXMForRetrieval
 from rarezoo.conversion import convert
+from rarezoo.quantization import quantize
 from rarezoo.retrieval import MultiVectorEmbeddings, MultiVectorIndex
 
-from .commands import call, refused, write_collection
+from .commands import call, refused, write_collection, write_jsonl
 
 DOCUMENTS = {
     "paris": "Paris is the capital; it lies on the Seine.",
@@ -69,6 +72,42 @@ def test_an_encoding_job_goes_on(checkpoint, collection, embeddings, tmp_path):
     call(*arguments, "--language", "fra")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert "language: 'fr_XX' there, 'en_XX' now" in refused(*arguments)
+
+
+def test_an_official_folder_as_it_is(colbert_fixtures, checkpoint, collection, embeddings, tmp_path):
+    """colbert-ai's own layout serves every verb that reads a model, as its conversion does."""
+    official = colbert_fixtures / "checkpoint"
+    call(
+        "encode",
+        official,
+        collection,
+        tmp_path / "embeddings",
+        "--language",
+        "fr",
+        "--shard-size",
+        3,
+        "--batch-size",
+        2,
+    )
+    found, expected = (MultiVectorEmbeddings.open(folder) for folder in (tmp_path / "embeddings", embeddings))
+    assert (found.vectors == expected.vectors).all() and found.fingerprint == expected.fingerprint
+    call("index", tmp_path / "embeddings", tmp_path / "index")
+    for verb in (("search", tmp_path / "index", "capital", "--model"), ("eval",), ("info",)):
+        tail = [collection] if verb == ("eval",) else []
+        ours, theirs = (json.loads(call(*verb, model, *tail, "--json").stdout) for model in (checkpoint, official))
+        assert ours == theirs or verb == ("info",)
+    texts = tmp_path / "texts.txt"
+    texts.write_text("rain in the hills\nthe cat sat\n")
+    call("train-language", official, "eu_ES", texts, tmp_path / "eu", "--steps", 1)
+    assert AutoModel.from_pretrained(tmp_path / "eu").config.languages[-1] == "eu_ES"
+    assert "official checkpoint must be converted first" in refused("quantize", official, tmp_path / "quantized")
+
+
+def test_a_bare_language_model_is_refused(tmp_path, collection):
+    small = dict(vocab_size=40, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    XmodForMaskedLM(XmodConfig(**small)).save_pretrained(tmp_path / "xmod")
+    line = refused("encode", tmp_path / "xmod", collection, tmp_path / "embeddings")
+    assert "has model_type 'xmod'; expected one of colbert_xm, mistral_splade. Other layouts are read by" in line
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8"])
@@ -147,3 +186,108 @@ def test_languages_are_detected(checkpoint, collection, model, tmp_path):
         "encode", checkpoint, collection, tmp_path / "embeddings", "--language", "fr"
     )
     call("eval", checkpoint, collection, "--language", "detect")
+
+
+# --- a further language -----------------------------------------------------------------------------------------------
+
+SENTENCES = ["the moon pulls the sea", "the cat sat on the mat", "the sea rises and the cat sat"] * 6
+QUICK = ("--steps", 12, "--batch-size", 6, "--learning-rate", "1e-2")
+
+
+@pytest.fixture(scope="module")
+def sentences(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("texts") / "eu.txt"
+    path.write_text("\n\n".join(SENTENCES) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("init_from", ["fr-CA", None])
+def test_train_a_language(checkpoint, sentences, tmp_path, dtype, init_from):
+    """The file holds the other weights bit for bit, and an adapter that is not the one it began with."""
+    source = tmp_path / "source"
+    opened = AutoModel.from_pretrained(checkpoint, dtype=getattr(torch, dtype))
+    opened.save_pretrained(source)
+    AutoProcessor.from_pretrained(checkpoint).save_pretrained(source)
+    options = ("--init-from", init_from) if init_from else ()
+    shown = call("train-language", source, "eu_ES", sentences, tmp_path / "out", *QUICK, *options)
+    assert shown.stdout.startswith(f"{tmp_path / 'out'}: eu_ES added, 12 steps on 18 texts, loss ")
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "out"))
+    new = {name for name in after if ".eu_ES." in name}
+    assert set(after) - new == set(before) and len(new) == 2 * 4
+    assert all(after[name].dtype == before[name].dtype and torch.equal(after[name], before[name]) for name in before)
+    for name in new:
+        assert after[name].dtype == getattr(torch, dtype)
+        assert not torch.equal(after[name], before[name.replace("eu_ES", "fr_XX")]), name
+    added, report = AutoModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(report.values()) and added.config.languages == [*opened.config.languages, "eu_ES"]
+    texts = list(DOCUMENTS.values())
+    for code in opened.config.languages:
+        pairs = zip(added.encode_documents(texts, language=code), opened.encode_documents(texts, language=code))
+        assert all(torch.equal(found, expected) for found, expected in pairs), code
+    assert added.encode_queries("eguzkia", language="eu")[0].isfinite().all()
+
+
+@pytest.mark.parametrize("precision", ["float32", "2-bit"])
+def test_search_where(checkpoint, embeddings, precision, tmp_path):
+    """The metadata of a corpus' rows go into the index and filter what is searched."""
+    metadata = {"paris": {"lang": "en"}, "loire": {"lang": "fr"}, "moon": {"lang": "en", "year": 2020}}
+    rows = [{"_id": name, "text": text, "metadata": metadata.get(name)} for name, text in DOCUMENTS.items()]
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", rows)
+    call("index", embeddings, tmp_path / "index", "--precision", precision, "--metadata", corpus)
+    arguments = ("search", tmp_path / "index", "how do tides work", "--model", checkpoint, "--language", "fr", "--json")
+    for options, expected in (([], {"paris", "loire", "moon", "blank"}), (["--where", "lang=en"], {"paris", "moon"})):
+        answers = json.loads(call(*arguments, *options).stdout)["answers"]
+        assert {answer["id"]: answer.get("metadata") for answer in answers} == {
+            name: metadata.get(name) for name in expected
+        }
+
+
+def test_the_same_seed_gives_the_same_language(checkpoint, sentences, tmp_path):
+    """Of JSON lines, with the head of a language model, and answered as JSON."""
+    lines = write_jsonl(tmp_path / "eu.jsonl", [{"text": text, "id": number} for number, text in enumerate(SENTENCES)])
+    config = AutoModel.from_pretrained(checkpoint).config
+    fields = {name: getattr(config, name) for name in XmodConfig.__annotations__ if hasattr(config, name)}
+    XmodForMaskedLM(XmodConfig(**fields)).save_pretrained(tmp_path / "base")
+    arguments = (*QUICK, "--language-model", tmp_path / "base", "--json", "--seed", 3)
+    answers = [
+        json.loads(call("train-language", checkpoint, "eu_ES", file, tmp_path / name, *arguments).stdout)
+        for name, file in (("first", lines), ("second", sentences))
+    ]
+    assert answers[0].pop("folder") == str(tmp_path / "first") and answers[1].pop("folder")
+    assert answers[0] == answers[1]
+    assert (answers[0]["language"], answers[0]["texts"], answers[0]["steps"]) == ("eu_ES", 18, 12)
+    assert answers[0]["last_loss"] < answers[0]["first_loss"]
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_mistakes_in_training_a_language(checkpoint, splade_checkpoint, sentences, tmp_path):
+    """One line, and no trace of the output."""
+
+    def line(model=checkpoint, code="eu_ES", texts=sentences, output=None, options=()):
+        return refused("train-language", model, code, texts, output or tmp_path / "out", *options)
+
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "table.tsv").write_text("1\ta\n")
+    (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": 3}\n')
+    (tmp_path / "latin.txt").write_bytes("caf\xe9\n".encode("latin-1"))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    assert "must have the form xx_YY, such as 'eu_ES'" in line(code="train")
+    assert "there is an adapter for 'fr_XX' already" in line(code="fr_XX")
+    assert "no adapter for the language 'de'; expected one of en_XX" in line(options=["--init-from", "de"])
+    assert "no file of texts at" in line(texts=tmp_path / "none.txt")
+    assert "holds no texts" in line(texts=tmp_path / "empty.txt")
+    assert "cannot read texts from" in line(texts=tmp_path / "table.tsv")
+    assert "broken.jsonl, line 2: expected a string in the field 'text'" in line(texts=tmp_path / "broken.jsonl")
+    assert "cannot be read as text in UTF-8" in line(texts=tmp_path / "latin.txt")
+    assert "already exists and is not an empty folder" in line(output=tmp_path / "full")
+    assert "has no language adapters" in line(model=splade_checkpoint)
+    assert "no folder nowhere" in line(model="nowhere")
+    assert "no folder nowhere" in line(options=["--language-model", "nowhere"])
+    quantized = quantize(checkpoint, tmp_path / "small", scheme="nf4", fidelity=False)
+    assert quantized and "add the language to the full checkpoint" in line(model=tmp_path / "small")
+    found = call("train-language", checkpoint, "eu_ES", sentences, tmp_path / "out", *QUICK[:-1], "1e30", code=2)
+    assert "the loss became nan at step" in found.stderr.splitlines()[-1]
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))

@@ -87,3 +87,85 @@ def test_index_alone_shows_its_help():
         "delete",
         "compact",
     ]
+
+
+# --- metadata ---------------------------------------------------------------------------------------------------------
+
+METADATA = {"paris": {"lang": "en", "year": 2020, "tags": ["city", "capital"]}, "cat": {"lang": "fr", "year": "2020"}}
+
+
+@pytest.fixture(scope="module")
+def with_metadata(embeddings, tmp_path_factory) -> Path:
+    """A corpus that says more of the same documents, and the index of it."""
+    folder = tmp_path_factory.mktemp("with metadata")
+    rows = ({"_id": name, "text": text, "metadata": METADATA[name]} for name, text in DOCUMENTS.items())
+    corpus = write_jsonl(folder / "corpus.jsonl", rows)
+    call("index", embeddings, folder / "index", "--metadata", corpus)
+    return folder / "index"
+
+
+@pytest.mark.parametrize(
+    ("conditions", "expected"),
+    [
+        ([], {"paris", "cat"}),
+        (["lang=en"], {"paris"}),
+        (['lang="en"'], {"paris"}),
+        (["lang=en", "lang=fr"], {"paris", "cat"}),
+        (['lang=["en", "fr"]', "year=2020"], {"paris"}),
+        (['year="2020"'], {"cat"}),
+        (["tags=capital"], {"paris"}),
+        (["lang=en", "tags=town"], set()),
+        (["unknown=NaN"], set()),
+    ],
+)
+def test_search_where(with_metadata, splade_checkpoint, conditions, expected):
+    options = [word for condition in conditions for word in ("--where", condition)]
+    arguments = ("search", with_metadata, "the capital", "--model", splade_checkpoint, *options)
+    answers = json.loads(call(*arguments, "--json").stdout)["answers"]
+    assert {answer["id"]: answer["metadata"] for answer in answers} == {name: METADATA[name] for name in expected}
+    shown = call(*arguments).stdout
+    for name in expected:
+        assert f"     {json.dumps(METADATA[name])}\n" in shown
+    if not expected:
+        assert shown == "nothing found: no document with the metadata of --where shares a term with the query\n"
+
+
+def test_a_run_file_of_filtered_answers(with_metadata, splade_checkpoint, tmp_path):
+    queries = write_jsonl(tmp_path / "queries.jsonl", [{"_id": "q1", "text": "paris"}, {"_id": "q2", "text": "a cat"}])
+    arguments = ("--queries", queries, "--run", tmp_path / "run.txt", "--where", "lang=fr")
+    call("search", with_metadata, "--model", splade_checkpoint, *arguments)
+    assert {line.split()[2] for line in (tmp_path / "run.txt").read_text().splitlines()} == {"cat"}
+
+
+def test_answers_without_metadata_say_nothing_of_them(index, splade_checkpoint):
+    shown = call("search", index, "the capital", "--model", splade_checkpoint, "--json").stdout
+    assert all("metadata" not in answer for answer in json.loads(shown)["answers"])
+
+
+def test_metadata_of_documents_that_are_added(with_metadata, splade_checkpoint, tmp_path):
+    corpus = write_jsonl(tmp_path / "new.jsonl", [{"_id": "new", "text": "capital", "metadata": {"lang": "en"}}])
+    call("encode", splade_checkpoint, corpus, tmp_path / "embeddings")
+    shutil.copytree(with_metadata, tmp_path / "index")
+    call("index", "add", tmp_path / "index", tmp_path / "embeddings", "--metadata", corpus)
+    call("index", "delete", tmp_path / "index", "paris")
+    call("index", "compact", tmp_path / "index")
+    arguments = (tmp_path / "index", "the capital", "--model", splade_checkpoint, "--where", "lang=en", "--json")
+    (answer,) = json.loads(call("search", *arguments).stdout)["answers"]
+    assert (answer["id"], answer["metadata"]) == ("new", {"lang": "en"})
+
+
+def test_mistakes_with_metadata(embeddings, corpus, with_metadata, splade_checkpoint, tmp_path):
+    def building(*rows):
+        path = write_jsonl(tmp_path / "rows.jsonl", ({"text": "t", **row} for row in rows))
+        return refused("index", embeddings, tmp_path / "index", "--metadata", path)
+
+    assert "no document has metadata; expected JSONL rows" in refused(
+        "index", embeddings, tmp_path / "index", "--metadata", corpus
+    )
+    assert "'dog' is none of the new documents" in building({"_id": "dog", "metadata": {"a": 1}})
+    assert "'cat': the field 'a' holds dict" in building({"_id": "cat", "metadata": {"a": {"b": 1}}})
+    assert "'cat': expected an object of fields and values, found str" in building({"_id": "cat", "metadata": "x"})
+    assert not (tmp_path / "index").exists()
+    search = ("search", with_metadata, "paris", "--model", splade_checkpoint, "--where")
+    assert "--where 'lang': expected FIELD=VALUE" in refused(*search, "lang")
+    assert "the field 'lang' is compared with dict" in refused(*search, 'lang={"en": 1}')

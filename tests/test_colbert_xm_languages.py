@@ -1,12 +1,14 @@
 """Languages of ColBERT-XM: names, adapters per text, threads, adapters that are left out or added."""
 
 import copy
+import json
 import threading
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
-from transformers import AutoModel, XmodModel
+from transformers import AutoConfig, AutoModel, XmodModel
 
 from rarezoo import ColBERTXMConfig, ColBERTXMForRetrieval, ColBERTXMModel, ColBERTXMProcessor
 from rarezoo.colbert_xm.language_codes import find_language
@@ -154,6 +156,33 @@ def test_threads_with_different_languages(model, processor):
     assert model.config.default_language == "en_XX"
 
 
+def test_threads_encode_a_model_that_is_in_training(model, processor):
+    """Dropout stays off until the last thread has ended; then every module trains as before."""
+    expected = [model.encode_documents([text], processor, language="fr")[0] for text in TEXTS]
+    model.train()
+    model.roberta.embeddings.eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    assert set(modes.values()) == {True, False}
+    wrong = []
+
+    def encode(number):
+        for _ in range(20):
+            found = model.encode_documents([TEXTS[number]], processor, language="fr")[0]
+            if not torch.allclose(found, expected[number], atol=1e-6):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=encode, args=(number,)) for number in range(len(TEXTS))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    with pytest.raises(TypeError, match="a text must be a string"):
+        model.encode_documents([3], processor)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+
+
 def test_the_default_language(model, processor):
     default = model.encode_documents(TEXTS, processor)
     assert torch.equal(default[0], model.encode_documents(TEXTS, processor, language="en")[0])
@@ -207,6 +236,26 @@ def test_only_the_wanted_adapters_are_loaded(folder, model, processor, tmp_path,
         pruned.encode_documents(TEXTS, processor, language="en")
 
 
+def test_a_configuration_and_languages_together(folder, model, processor, tmp_path):
+    """The choice counts for the caller's configuration as for the stored one, and leaves it alone."""
+    model.save_pretrained(tmp_path)
+    config = ColBERTXMConfig.from_pretrained(tmp_path, similarity="l2")
+    choice = {"languages": ["ja", "fr-CA"], "default_language": "fr"}
+    for opened in (
+        AutoModel.from_pretrained(tmp_path, config=config, **choice),
+        ColBERTXMForRetrieval.from_pretrained(folder, config=config, **choice),
+    ):
+        assert (opened.config.languages, opened.config.default_language) == (["fr_XX", "ja_XX"], "fr_XX")
+        assert opened.config.similarity == "l2" and config.languages == ["en_XX", "fr_XX", "sw_KE", "ja_XX"]
+        for code in ("fr_XX", "ja_XX"):
+            found, expected = (net.encode_documents(TEXTS, processor, language=code) for net in (opened, model))
+            assert all(torch.equal(a, b) for a, b in zip(found, expected))
+    with pytest.raises(ValueError, match="no adapter for the language 'de'; expected one of en_XX"):
+        AutoModel.from_pretrained(tmp_path, config=config, languages=["de"])
+    backbone = ColBERTXMModel.from_pretrained(tmp_path, config=config, languages="sw")
+    assert backbone.config.languages == ["sw_KE"]
+
+
 def test_a_language_that_the_checkpoint_lacks_is_not_made_up(folder):
     with pytest.raises(ValueError, match="no adapter for the language 'de'; expected one of en_XX"):
         ColBERTXMForRetrieval.from_pretrained(folder, languages=["en", "de"])
@@ -238,14 +287,43 @@ def test_add_a_language(model, processor, tmp_path, init_from):
     loaded = AutoModel.from_pretrained(tmp_path)
     expected = model.encode_documents(TEXTS, processor, language="rw_RW")
     assert all(torch.equal(a, b) for a, b in zip(loaded.encode_documents(TEXTS, processor, language="rw"), expected))
-    for code, problem in (
-        ("fr_XX", "already"),
-        ("FR_xx", "already"),
-        ("", "must be a name"),
-        ("a.b", "must be a name"),
-    ):
-        with pytest.raises(ValueError, match=problem):
-            model.add_language(code)
+
+
+@pytest.mark.parametrize("init_from", [None, "sw"])
+@pytest.mark.parametrize(
+    "code", ["", "a.b", "train", "keys", "forward", "eu", "euES", "eu_es", "basque_ES", "eu_ES ", "__class__", None, 3]
+)
+def test_a_new_language_s_code_has_a_form(model, code, init_from):
+    """Names such as "train" are attributes of every module: they cannot name an adapter."""
+    languages, names = list(model.config.languages), set(model.state_dict())
+    with pytest.raises(ValueError, match=r"must have the form xx_YY, such as 'eu_ES' or 'eo_XX'; found "):
+        model.add_language(code, init_from=init_from)
+    assert (model.config.languages, set(model.state_dict())) == (languages, names)
+    assert callable(model.roberta.encoder.layer[0].output.adapter_modules.train)
+
+
+@pytest.mark.parametrize("languages", [["train"], ["en_XX", "a.b"], ["en_XX", ""]])
+def test_codes_in_a_configuration_have_that_form_too(languages, folder, tmp_path):
+    with pytest.raises(StrictDataclassError, match="a language's code must have the form xx_YY"):
+        ColBERTXMConfig(languages=languages)
+    stored = json.loads((folder / "config.json").read_text())
+    stored = {**stored, "languages": languages, "default_language": languages[0], "model_type": "colbert_xm"}
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(StrictDataclassError, match="a language's code must have the form xx_YY"):
+        AutoConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("code", ["fr_XX", "FR_xx"])
+def test_a_language_is_added_once(model, code):
+    with pytest.raises(ValueError, match=f"there is an adapter for '{code}' already"):
+        model.add_language(code)
+
+
+def test_an_unknown_source_leaves_the_model_alone(model):
+    names = set(model.state_dict())
+    with pytest.raises(ValueError, match="no adapter for the language 'de'"):
+        model.add_language("eu_ES", init_from="de")
+    assert set(model.state_dict()) == names
 
 
 def test_official_freezing(model):

@@ -6,10 +6,11 @@ from threading import Thread
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from rarezoo import ColBERTXMForRetrieval, ColBERTXMProcessor
+from rarezoo import ColBERTXMConfig, ColBERTXMForRetrieval, ColBERTXMProcessor
 
 LANGUAGES = ("en", "fr", "sw", "ja")
 TOLERANCE = {"hidden": 2e-5, "embeddings": 1e-5, "scores": 1e-4}
@@ -171,6 +172,91 @@ def test_metadata_with_gaps_and_garbage(folder, tmp_path, caplog):
     (copy / "artifact.metadata").write_text("{")
     with pytest.raises(ValueError, match=r"artifact\.metadata is not JSON"):
         ColBERTXMProcessor.from_pretrained(copy)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "setting", "expected"),
+    [
+        ("query_maxlen", 2, "max_query_length", 32),
+        ("query_maxlen", True, "max_query_length", 32),
+        ("doc_maxlen", 3.5, "max_document_length", 220),
+        ("query_token_id", "", "query_marker", "[unused0]"),
+        ("query_token_id", None, "query_marker", "[unused0]"),
+        ("doc_token_id", {"a": 1}, "document_marker", "[unused1]"),
+        ("mask_punctuation", 1, "mask_punctuation", True),
+        ("attend_to_mask_tokens", "yes", "attend_to_mask_tokens", False),
+        ("marker_mode", "somewhere", "marker_mode", "insert"),
+    ],
+)
+def test_a_setting_that_cannot_be_used(folder, tmp_path, caplog, name, value, setting, expected):
+    """The default, with a warning that says which."""
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    change_metadata(copy, **{name: value})
+    assert getattr(ColBERTXMProcessor.from_pretrained(copy), setting) == expected
+    assert f"{name} is {value!r}, which cannot be used" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("stated", "found"), [("L2", "l2"), ("COSINE", "cosine"), ("dot", "cosine"), (None, "cosine"), (["l2"], "cosine")]
+)
+def test_similarities_of_metadata(folder, tmp_path, stated, found):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    change_metadata(copy, similarity=stated)
+    assert ColBERTXMConfig.from_pretrained(copy).similarity == found
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin", "old bin", "safetensors shards", "bin shards"])
+@pytest.mark.parametrize("metadata", ["without dim", "odd dim", None])
+def test_dim_of_the_projection(folder, tmp_path, form, metadata):
+    """Where the metadata do not say it: colbert-ai's 128 would not fit the weights."""
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    if metadata is None:
+        (copy / "artifact.metadata").unlink()
+    else:
+        change_metadata(copy, dim=None if metadata == "without dim" else "many")
+    store_weights(copy, form)
+    model, report = ColBERTXMForRetrieval.from_pretrained(copy, output_loading_info=True)
+    assert model.config.dim == 16 and not report["missing_keys"] and not report["mismatched_keys"]
+    assert torch.equal(model.linear.weight, load_file(folder / "model.safetensors")["linear.weight"])
+    assert ColBERTXMConfig.from_pretrained(copy).dim == 16
+
+
+def test_dim_of_damaged_or_missing_weights(folder, tmp_path):
+    """The configuration opens; loading the weights says what is wrong."""
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    change_metadata(copy, dim=None)
+    (copy / "model.safetensors").write_bytes(b"damaged")
+    assert ColBERTXMConfig.from_pretrained(copy).dim == 128
+    with pytest.raises(SafetensorError):
+        ColBERTXMForRetrieval.from_pretrained(copy)
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+        ColBERTXMForRetrieval.from_pretrained(copy)
+
+
+def change_metadata(folder, **fields):
+    path = folder / "artifact.metadata"
+    content = {**json.loads(path.read_text()), **fields}
+    path.write_text(json.dumps({name: value for name, value in content.items() if value is not None or name != "dim"}))
+
+
+def store_weights(folder, form):
+    """The weights of a folder again, in another kind of file."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    kind = "bin" if "bin" in form else "safetensors"
+    stem = "pytorch_model" if kind == "bin" else "model"
+    parts = {f"{stem}.{kind}": weights}
+    if "shards" in form:
+        head = {"linear.weight": weights.pop("linear.weight")}
+        parts = {f"{stem}-00001-of-00002.{kind}": weights, f"{stem}-00002-of-00002.{kind}": head}
+        index = {"metadata": {}, "weight_map": {name: file for file, part in parts.items() for name in part}}
+        (folder / f"{stem}.{kind}.index.json").write_text(json.dumps(index))
+    for file, part in parts.items():
+        if kind == "bin":
+            torch.save(part, folder / file, _use_new_zipfile_serialization="old" not in form)
+        else:
+            save_file(part, folder / file, metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize(("version", "mode"), [("4.38.0", "replace"), ("4.48.3", "insert"), ("5.0.0", "insert")])

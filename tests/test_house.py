@@ -93,6 +93,19 @@ def test_families_stand_alone(family):
             assert top != "rarezoo", where
 
 
+def test_code_that_families_share_is_the_same_file():
+    """Families import nothing of each other; a module that two of them have says so, and is the same to the letter."""
+    texts: dict[str, set[str]] = {}
+    for path in sorted((ROOT / "modeling").glob("*/*.py")):
+        if path.name != "__init__.py":
+            texts.setdefault(path.name, set()).add(path.read_text(encoding="utf-8"))
+    shared = {name for name, found in texts.items() if any(text.startswith("# Same file as") for text in found)}
+    assert "text_encoding.py" in shared
+    for name in shared:
+        assert len(texts[name]) == 1, f"{name} differs between the families: copy the changed one over the other"
+        assert sum(path.name == name for path in (ROOT / "modeling").glob("*/*.py")) > 1, f"only one family has {name}"
+
+
 @pytest.mark.parametrize("family", rarezoo.FAMILIES)
 def test_families_are_flat_and_transformers_follows_their_imports(family):
     """transformers finds relative imports with a regular expression, also in docstrings."""

@@ -1,6 +1,8 @@
 """From texts to sparse rows: `encode_queries`, `encode_documents`, `score` and `explain`."""
 
+import copy
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -314,6 +316,44 @@ def test_training_mode_is_left_as_it_was(load, processor, inputs):
     with pytest.raises(TypeError):
         model.encode_documents(["a", None], processor)
     assert model.training
+
+
+def test_threads_encode_a_model_that_is_in_training(load, processor, inputs, monkeypatch):
+    """A thread that ends does not bring dropout back to one that still encodes; the last one does."""
+    model = load(attention_dropout=0.5)
+    texts = inputs["documents"]
+    expected = model.encode_documents(texts, processor).toarray()
+    model.train()
+    model.model.embed_tokens.eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    waits, may_go_on = threading.Event(), threading.Event()
+    slow = copy.copy(processor)
+
+    def process_late(*arguments):
+        waits.set()
+        assert may_go_on.wait(60)
+        return processor.process(*arguments)
+
+    slow.process = process_late
+    found = []
+
+    def encode_slowly():
+        found.append(model.encode_documents(texts, slow).toarray())
+
+    thread = threading.Thread(target=encode_slowly)
+
+    def process(*arguments):  # of the first to begin, and the first to end
+        thread.start()
+        assert waits.wait(60)
+        return processor.process(*arguments)
+
+    first = copy.copy(processor)
+    first.process = process
+    assert np.array_equal(model.encode_documents(texts, first, batch_size=100).toarray(), expected)
+    may_go_on.set()
+    thread.join()
+    assert np.array_equal(found[0], expected)
+    assert {name: module.training for name, module in model.named_modules()} == modes
 
 
 def test_progress_bar(model, processor, inputs, capsys):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,9 @@ from rarezoo.retrieval.multi_vector_embeddings import (
     write_manifest,
     write_shard,
 )
-from rarezoo.retrieval.sparse_embeddings import shard_name
+from rarezoo.retrieval.shards import shard_name
+
+from .folders import file_limit
 
 
 def ragged(count: int, dim: int = 8, seed: int = 0, dtype=np.float32) -> list[np.ndarray]:
@@ -232,19 +233,6 @@ def test_foreign_folders_are_left_alone(saved, tmp_path: Path) -> None:
     with pytest.raises(FileExistsError):
         saved[1].save(foreign)
     assert [path.name for path in foreign.iterdir()] == ["notes.txt"]
-
-
-@contextmanager
-def file_limit(size: int):
-    """Writing more than `size` bytes to one file fails as on a full disk."""
-    import resource
-
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("size", [100, 1500])

@@ -6,7 +6,6 @@ import itertools
 import json
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +13,12 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from rarezoo.retrieval import multi_vector_index
+from rarezoo.retrieval import multi_vector_segments
 from rarezoo.retrieval.multi_vector_embeddings import MultiVectorEmbeddings
 from rarezoo.retrieval.multi_vector_index import PRECISIONS, MultiVectorIndex
 from rarezoo.retrieval.residual_codec import ResidualCodec
+
+from .folders import contents, file_limit
 
 DIM = 16
 COMPRESSED = [precision for precision in PRECISIONS if precision != "float32"]
@@ -65,10 +66,6 @@ def assert_same(found, expected, tolerance: float = 1e-5) -> None:
 
 def some_queries(generator: np.random.Generator, count: int = 4) -> list[np.ndarray]:
     return [unit(generator.standard_normal((length, DIM))) for length in generator.integers(1, 6, count)]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def stored(index: MultiVectorIndex, rows: Rows) -> Rows:
@@ -251,7 +248,7 @@ def test_segments_change_nothing(collection, tmp_path: Path, monkeypatch: pytest
         for limits in ({"SEGMENT_DOCUMENTS": 700}, {"SEGMENT_VECTORS": 7000}):
             with monkeypatch.context() as patch:
                 for name, value in limits.items():
-                    patch.setattr(multi_vector_index, name, value)
+                    patch.setattr(multi_vector_segments, name, value)
                 target = tmp_path / f"{precision} {limits}"
                 index = MultiVectorIndex.build(container(rows), target, precision, codec=codec)
                 assert len(list(index.folder.glob("segment-*"))) > 2
@@ -340,10 +337,10 @@ def test_an_index_without_documents(tmp_path: Path) -> None:
 def test_vectors_of_another_model_are_refused(small) -> None:
     index, _ = small
     row = unit(np.ones((2, DIM)))
-    for fingerprint, name in (("another", "another"), (None, "an unknown model")):
-        with pytest.raises(ValueError, match=f"encoded by {name}.*by a model"):
+    for fingerprint, name in (("another", "model another"), (None, "an unknown model")):
+        with pytest.raises(ValueError, match=f"new documents were encoded by {name}, .*by model a model: "):
             index.add(container({"x": row}, fingerprint))
-    with pytest.raises(ValueError, match=r"encoded by model another.*by a model"):
+    with pytest.raises(ValueError, match=r"queries were encoded by model another, .*by model a model: "):
         index.search(container({"q": row}, "another"))
     wide = MultiVectorEmbeddings(["x"], np.ones((1, 2 * DIM)), [1], "a model")
     with pytest.raises(ValueError, match="the documents have 32 dimensions, the index 16"):
@@ -474,19 +471,6 @@ def test_a_damaged_codec_is_named(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"codec\.safetensors is missing"):
         MultiVectorIndex.open(folder)
-
-
-@contextmanager
-def file_limit(size: int):
-    """Writing more than `size` bytes to one file fails as on a full disk."""
-    import resource
-
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("size", [200, 2000])

@@ -1,5 +1,6 @@
 """`quantize`: every scheme saved, reloaded and compared; what stays in full precision; errors; the fidelity report."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -366,6 +367,7 @@ def test_evaluation_set_without_judgements():
 def test_fidelity_of_several_vectors_per_text(colbert_fixtures, tmp_path):
     """Token by token, and by the order of MaxSim; the head stays in full precision, retrieval is that of `eval`."""
     from rarezoo import ColBERTXMConfig, ColBERTXMForRetrieval, ColBERTXMProcessor
+    from rarezoo.quantization.fidelity import rank as rank_documents
 
     torch.manual_seed(0)
     config = ColBERTXMConfig(
@@ -394,5 +396,13 @@ def test_fidelity_of_several_vectors_per_text(colbert_fixtures, tmp_path):
     )
     rank = int((scores[0] > scores[0, 0]).sum())
     assert report["retrieval"]["nDCG@10"]["full_precision"] == pytest.approx(1 / math.log2(2 + rank), abs=1e-6)
+    french = dataclasses.replace(evaluation, language="fr")
+    found = rank_documents(model, processor, french)["q"]
+    expected = model.score(
+        model.encode_queries("what is the capital?", processor, language="fr"),
+        model.encode_documents(texts, processor, language="fr"),
+    )
+    assert found == pytest.approx(dict(zip(documents, expected[0].tolist())), abs=1e-5)
+    assert found != pytest.approx(dict(zip(documents, scores[0].tolist())), abs=1e-2)
     assert quantized.linear.weight.dtype == torch.float32
     assert "rank correlation of MaxSim scores" in (tmp_path / "nf4" / "quantization_report.md").read_text()

@@ -36,7 +36,7 @@ def test_beir_folder(tmp_path, suffix):
     write(tmp_path / "qrels" / f"test.tsv{suffix}", "query-id\tcorpus-id\tscore\nq1\td1\t2\nq1\td2\t0\n")
     write(tmp_path / "qrels" / f"dev.tsv{suffix}", "query-id\tcorpus-id\tscore\nq1\td3\t1\n")
     assert list(read_corpus(tmp_path)) == [
-        Document("d1", "Paris capital of France"),
+        Document("d1", "Paris capital of France", {"url": "x"}),
         Document("d2", " jupiter\u2028is large "),
         Document("d3", "Only a title"),
         Document("d4", ""),

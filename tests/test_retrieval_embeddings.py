@@ -15,7 +15,7 @@ import scipy.sparse
 from safetensors.numpy import load_file, save_file
 
 from rarezoo.retrieval import SparseEmbeddings
-from rarezoo.retrieval.sparse_embeddings import PackedIds, SeenIds
+from rarezoo.retrieval.identifiers import PackedIds, SeenIds
 
 
 def random_matrix(rows: int, vocab_size: int, density: float, seed: int) -> scipy.sparse.csr_matrix:

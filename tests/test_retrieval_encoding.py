@@ -21,6 +21,8 @@ from rarezoo.mistral_splade import MistralSpladeForRetrieval, MistralSpladeProce
 from rarezoo.retrieval import Document, SparseEmbeddings, encode_corpus, model_fingerprint
 from rarezoo.retrieval.fingerprint import processor_fingerprint
 
+from .folders import contents
+
 WORDS = "the of ranking sparse vector query term weight echo model retrieval index learned token é 日本 a to".split()
 
 # Arguments: checkpoint, corpus, target, seconds per text.
@@ -91,10 +93,6 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_rows_equal_those_of_each_text_alone(model, processor, documents, tmp_path: Path) -> None:

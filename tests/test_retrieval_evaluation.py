@@ -101,6 +101,24 @@ def test_missing_queries_count_as_zero_and_are_reported():
     assert per_query == {metric: {"q1": 1.0, "q2": 0.0, "q3": 0.0, "q4": 0.0} for metric in ("nDCG@10", "RR@10")}
 
 
+def test_missing_queries_stay_in_the_denominator(tmp_path):
+    """Means over all judged queries: of four, one has its answer first, one second, one no results, one is absent."""
+    qrels = {"q1": {"a": 1}, "q2": {"a": 1, "b": 1}, "q3": {"a": 1}, "q4": {"a": 1}}
+    run = {"q1": [("a", 2.0), ("b", 1.0)], "q2": [("c", 2.0), ("a", 1.0)], "q3": []}
+    expected = {
+        "RR@10": (1 + 1 / 2) / 4,
+        "R@1": 1 / 4,
+        "R@100": (1 + 1 / 2) / 4,
+        "nDCG@10": (1 + (1 / math.log2(3)) / (1 + 1 / math.log2(3))) / 4,
+    }
+    with pytest.warns(UserWarning, match="2 of 4 judged queries have no results and count as 0: 'q3', 'q4'"):
+        assert evaluate_run(run, qrels, list(expected)) == pytest.approx(expected, abs=1e-12)
+    write_run(run, tmp_path / "run.txt")
+    with pytest.warns(UserWarning, match="2 of 4 judged queries"):
+        found = evaluate_run(read_run(tmp_path / "run.txt"), qrels, list(expected))
+    assert found == pytest.approx(expected, abs=1e-12)
+
+
 @pytest.mark.parametrize("metric", ["foo@10", "nDCG@x", "nDCG@0", "nDCG@-1", "nDCG@1.5", "R", "nDCG@", "nDCG@10@2", ""])
 def test_unknown_metric(metric):
     with pytest.raises(ValueError, match=r"unknown metric .*such as nDCG@10"):

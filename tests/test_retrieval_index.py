@@ -17,7 +17,9 @@ import scipy.sparse
 import torch
 from safetensors.numpy import load_file
 
-from rarezoo.retrieval import SparseEmbeddings, SparseIndex, sparse_index, storage
+from rarezoo.retrieval import SparseEmbeddings, SparseIndex, segmented_index, sparse_index, storage
+
+from .folders import contents
 
 pytest.importorskip("numba")
 
@@ -45,10 +47,6 @@ def brute_force(documents: dict[str, np.ndarray], queries: scipy.sparse.csr_matr
 
 def by_name(container: SparseEmbeddings) -> dict[str, np.ndarray]:
     return dict(zip(container.ids, container.matrix.toarray()))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture
@@ -245,10 +243,10 @@ def test_vectors_of_another_model_are_refused(small: tuple[SparseIndex, SparseEm
     index, documents = small
     query = documents.matrix[:1]
     others = random_rows(2, 20, 4, np.random.default_rng(7))
-    for fingerprint, name in (("another", "another"), (None, "an unknown model")):
-        with pytest.raises(ValueError, match=f"encoded by {name}.*by a model"):
+    for fingerprint, name in (("another", "model another"), (None, "an unknown model")):
+        with pytest.raises(ValueError, match=f"new documents were encoded by {name}, .*by model a model: "):
             index.add(embeddings("x", others, fingerprint))
-    with pytest.raises(ValueError, match=r"encoded by model another.*by a model"):
+    with pytest.raises(ValueError, match=r"queries were encoded by model another, .*by model a model: "):
         index.search(SparseEmbeddings(["q"], query, "another"))
     expected = index.search(query)
     assert index.search(SparseEmbeddings(["q"], query, "a model")) == expected != [[]]
@@ -484,20 +482,20 @@ def test_an_index_is_opened_while_another_process_changes_it(small, monkeypatch,
     """Between reading the manifest and opening what it lists, all of that is compacted away, several times over."""
     writer, documents = small
     queries = documents.matrix[:3]
-    read = sparse_index._read_manifest
+    read = segmented_index._read_manifest
     left = list(range(changes))
 
-    def read_and_be_overtaken(folder: Path) -> dict:
-        manifest = read(folder)
+    def read_and_be_overtaken(folder: Path, kind: str) -> dict:
+        manifest = read(folder, kind)
         if left:
             number = left.pop()
             with monkeypatch.context() as undisturbed:
-                undisturbed.setattr(sparse_index, "_read_manifest", read)
+                undisturbed.setattr(segmented_index, "_read_manifest", read)
                 writer.add(embeddings(f"{number}-", random_rows(2, 20, 4, np.random.default_rng(number))))
                 writer.compact()
         return manifest
 
-    monkeypatch.setattr(sparse_index, "_read_manifest", read_and_be_overtaken)
+    monkeypatch.setattr(segmented_index, "_read_manifest", read_and_be_overtaken)
     reader = SparseIndex.open(writer.folder)
     assert not left and len(reader) == 30 + 2 * changes
     assert reader.search(queries) == writer.search(queries)

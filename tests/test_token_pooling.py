@@ -73,6 +73,22 @@ def test_documents_of_no_to_three_vectors(mode: str, factor: int, protected: int
         np.testing.assert_array_equal(pooled.vectors, documents.vectors)
 
 
+@pytest.mark.parametrize("mode", ["colbert", "pylate"])
+@pytest.mark.parametrize("factor", [2, 3])
+@pytest.mark.parametrize("protected", [0, 1])
+def test_values_of_documents_of_one_to_three_vectors(mode: str, factor: int, protected: int) -> None:
+    """What is not protected becomes one mean; with one protected of three vectors, "colbert" counts it too."""
+    lengths = [1, 2, 3]
+    documents = container(unit_rows(6), lengths)
+    pooled = [vectors for _, vectors in pool_tokens(documents, factor, protected, mode)]
+    for found, document in zip(pooled, np.split(documents.vectors.astype(np.float64), [1, 3])):
+        kept, rest = document[:protected], document[protected:]
+        mean = rest.mean(axis=0, keepdims=True) if len(rest) else rest
+        expected = np.concatenate([mean, kept] if mode == "colbert" else [kept, mean])
+        assert found.shape == expected.shape
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+
+
 def test_normalised_means_and_float16() -> None:
     documents = container(unit_rows(40).astype(np.float16), [25, 15])
     plain, unit = pool_tokens(documents, 3), pool_tokens(documents, 3, normalised=True)

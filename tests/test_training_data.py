@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
-from rarezoo.training import read_text_table, read_training_rows
+from rarezoo.training import read_text_table, read_texts, read_training_rows
 
 ROWS = [{"query": 'say "hi"', "positive": "grüße"}, {"query": "b\u2028c", "positive": "d"}]
 
@@ -107,3 +107,36 @@ def test_files_that_are_not_text(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"{path}: cannot be read as text"):
         read_training_rows(path)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl", "a.jsonl.gz"])
+def test_raw_texts(tmp_path, name):
+    """Only a line feed ends a line; what holds no text is left out."""
+    texts = ["the cat", "sat\u2028on", " ", "", "the mat"]
+    lines = texts if "txt" in name else [json.dumps({"text": text, "id": 1}) for text in texts]
+    content = "\n".join(lines).encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert read_texts(tmp_path / name) == ["the cat", "sat\u2028on", "the mat"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"\n \n", "holds no texts"),
+        ("a.txt", b"caf\xe9", "cannot be read as text in UTF-8"),
+        ("a.txt.gz", b"plain", "cannot be read as text in UTF-8"),
+        ("a.tsv", b"1\ta", r"expected \.txt with a text a line, or \.jsonl"),
+        ("a.jsonl", b'{"text": "a"}\n{', r"a\.jsonl, line 2: not valid JSON"),
+        ("a.jsonl", b'["a"]', r"a\.jsonl, line 1: expected a JSON object"),
+        ("a.jsonl", b'{"txt": "a"}', r"a\.jsonl, line 1: expected a string in the field 'text'"),
+    ],
+)
+def test_raw_texts_that_cannot_be_read(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_texts(tmp_path / name)
+
+
+def test_no_file_of_raw_texts(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no file of texts at"):
+        read_texts(tmp_path / "none.txt")

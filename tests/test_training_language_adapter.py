@@ -1,10 +1,12 @@
 """A language added after the fact: its adapter learns from raw text, all else stays bit-identical."""
 
+import functools
 import random
+from contextlib import nullcontext
 
 import pytest
 import torch
-from transformers import TrainerCallback, XmodConfig, XmodForMaskedLM
+from transformers import TrainerCallback, XmodConfig, XmodForMaskedLM, trainer_callback
 
 from rarezoo import ColBERTXMForRetrieval, ColBERTXMProcessor
 from rarezoo.training import train_language
@@ -58,12 +60,7 @@ def test_only_the_new_adapter_changes(model, processor):
 
 
 def test_the_head_of_a_language_model(model, processor, folder, tmp_path):
-    shape = {name: getattr(model.config, name) for name in (
-        "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-        "max_position_embeddings", "languages", "default_language", "type_vocab_size",
-    )}  # fmt: skip
-    torch.manual_seed(0)
-    base = XmodForMaskedLM(XmodConfig(**shape))
+    base = language_model_like(model)
     base.save_pretrained(tmp_path / "base")
     weights = {name: parameter.detach().clone() for name, parameter in base.named_parameters()}
     by_model = train_language(model, "eu", texts(), processor, language_model=base, steps=3, **SETTINGS)
@@ -77,12 +74,89 @@ def test_the_head_of_a_language_model(model, processor, folder, tmp_path):
     without = ColBERTXMForRetrieval.from_pretrained(folder)
     without.add_language("eu_ES", init_from="en")
     assert train_language(without, "eu", texts(), processor, steps=3, **SETTINGS) != by_model
-    wider = XmodForMaskedLM(XmodConfig(**{**shape, "hidden_size": 64}))
+    wider = language_model_like(model, hidden_size=64)
     with pytest.raises(ValueError, match=r"= \(165, 32\), found \(165, 64\)"):
         train_language(model, "eu", texts(), processor, language_model=wider)
     base.roberta.save_pretrained(tmp_path / "headless")
     with pytest.raises(ValueError, match=r"the language model has no head: lm_head\."):
         train_language(model, "eu", texts(), processor, language_model=tmp_path / "headless")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_language_model_of_the_caller_is_left_as_it_was(model, processor, folder, fails):
+    """Its head shares the embeddings' weights: freezing it freezes those, too, for as long as the training lasts."""
+    base = language_model_like(model)
+    assert base.lm_head.decoder.weight is base.roberta.embeddings.word_embeddings.weight
+    base.train()
+    base.lm_head.dense.eval()
+    base.lm_head.layer_norm.weight.requires_grad = False
+    trained = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
+    modes = {name: module.training for name, module in base.named_modules()}
+    options = {**SETTINGS, "learning_rate": "fast"} if fails else SETTINGS
+    with pytest.raises(TypeError) if fails else nullcontext():
+        train_language(model, "eu", texts(), processor, language_model=base, steps=2, **options)
+    assert {name: parameter.requires_grad for name, parameter in base.named_parameters()} == trained
+    assert {name: module.training for name, module in base.named_modules()} == modes
+
+
+def test_modes_of_the_retriever_s_modules_are_left_as_they_were(model, processor):
+    model.train()
+    model.roberta.embeddings.eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    train_language(model, "eu", texts(), processor, steps=2, **SETTINGS)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+
+
+def test_bfloat16_counts_during_training_only(model, processor, folder):
+    """Its losses are others; afterwards the vectors of other languages are bit-identical, in float32."""
+    before = model.encode_documents(texts(4), processor, language="fr")
+    in_bfloat16 = train_language(model, "eu", texts(), processor, steps=3, bf16=True, **SETTINGS)
+    found = model.encode_documents(texts(4), processor, language="fr")
+    assert all(torch.equal(one, other) for one, other in zip(found, before))
+    again = ColBERTXMForRetrieval.from_pretrained(folder)
+    again.add_language("eu_ES", init_from="en")
+    in_float32 = train_language(again, "eu", texts(), processor, steps=3, **SETTINGS)
+    assert in_bfloat16 != in_float32
+    assert in_bfloat16["first_loss"] == pytest.approx(in_float32["first_loss"], rel=0.02)
+
+
+def test_a_loss_that_is_not_finite_ends_the_training(model, processor):
+    with pytest.raises(FloatingPointError, match=r"the loss became (nan|inf) at step \d+\. Continue"):
+        train_language(model, "eu", texts(), processor, steps=20, **{**SETTINGS, "learning_rate": 1e30})
+
+
+def test_accumulated_batches_are_averaged(model, processor, folder):
+    """Not added up: the loss, and with it the clipping of gradients, is that of one batch."""
+    plain = train_language(model, "eu", texts(), processor, steps=1, **SETTINGS)
+    again = ColBERTXMForRetrieval.from_pretrained(folder)
+    again.add_language("eu_ES", init_from="en")
+    accumulated = train_language(again, "eu", texts(), processor, steps=1, gradient_accumulation_steps=4, **SETTINGS)
+    assert accumulated["first_loss"] == pytest.approx(plain["first_loss"], rel=0.3)
+
+
+def test_pieces_are_as_long_as_the_model_takes(model, processor):
+    """128 positions here; by default, pieces of 256 tokens."""
+    settings = {name: value for name, value in SETTINGS.items() if name != "max_length"}
+    report = train_language(model, "eu", [" ".join(texts(60))], processor, steps=2, **settings)
+    assert report["steps"] == 2
+
+
+def test_nothing_is_printed_but_a_progress_bar(model, processor, monkeypatch, capfd):
+    shown_bar = functools.partial(trainer_callback.tqdm, disable=False)
+    monkeypatch.setattr(trainer_callback, "tqdm", shown_bar)
+    train_language(model, "eu", texts(), processor, steps=3, **{**SETTINGS, "disable_tqdm": False})
+    shown = capfd.readouterr()
+    assert shown.out == "" and "loss" in shown.err and "3/3" in shown.err
+
+
+def language_model_like(model, **fields):
+    """An X-MOD language model of the retriever's sizes."""
+    shape = {name: getattr(model.config, name) for name in (
+        "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+        "max_position_embeddings", "languages", "default_language", "type_vocab_size",
+    )}  # fmt: skip
+    torch.manual_seed(0)
+    return XmodForMaskedLM(XmodConfig(**{**shape, **fields}))
 
 
 def test_loss_against_all_logits_at_once():

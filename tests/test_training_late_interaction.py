@@ -325,6 +325,9 @@ def test_language_of_the_rows(model, processor):
     codes = [languages[i] for i in batch["queries"]["lang_ids"]]
     assert codes == ["sw_KE", "fr_XX", "fr_XX"]
     assert [languages[i] for i in batch["documents"]["lang_ids"]] == codes * 2
+    batch = collator([{**ROWS[0], "language": "sw", "document_language": "en"}, {**ROWS[1], "document_language": "sw"}])
+    assert [languages[i] for i in batch["queries"]["lang_ids"]] == ["sw_KE", "fr_XX"]
+    assert [languages[i] for i in batch["documents"]["lang_ids"]] == ["en_XX", "sw_KE"] * 2
     assert set(LateInteractionCollator(processor, model.config)(ROWS)["queries"]["lang_ids"].tolist()) == {
         model.config.language_id(None)
     }
@@ -340,6 +343,8 @@ def test_ways_to_cut_rows(model, processor):
         LateInteractionCollator(processor, model.config, nway=4)(rows)
     with pytest.raises(ValueError, match="no adapter for the language 'klingon'; expected one of en_XX"):
         LateInteractionCollator(processor, model.config)([{**rows[0], "language": "klingon"}])
+    with pytest.raises(ValueError, match="no adapter for the language 'klingon'"):
+        LateInteractionCollator(processor, model.config)([{**rows[0], "document_language": "klingon"}])
 
 
 def test_evaluation_ranks_all_documents_of_its_rows(tmp_path, model, processor):
@@ -359,6 +364,37 @@ def test_evaluation_ranks_all_documents_of_its_rows(tmp_path, model, processor):
     assert metrics["eval_mrr@10"] == pytest.approx(sum(1 / r for r in ranks if r <= 10) / len(ranks))
     assert metrics["eval_recall@100"] == 1
     assert {"eval_ranking_loss", "eval_in_batch_loss", "eval_accuracy"} <= set(trainer.state.log_history[-1])
+
+
+def test_a_collapsed_model_finds_nothing(tmp_path, model, processor):
+    """All vectors are the same, and so are all scores: the positive is not the best one, but one of many."""
+    with torch.no_grad():
+        last = model.roberta.encoder.layer[-1].output.LayerNorm
+        last.weight.zero_()
+        last.bias.fill_(1.0)
+    documents = 2 * len(ROWS)
+    trainer = LateInteractionTrainer(
+        model,
+        arguments(tmp_path, per_device_eval_batch_size=len(ROWS)),
+        eval_dataset=ROWS,
+        data_collator=LateInteractionCollator(processor, model.config),
+        processing_class=processor,
+    )
+    metrics = trainer.evaluate()
+    assert metrics["eval_mrr@10"] == 0
+    assert trainer.state.log_history[-1]["eval_accuracy"] == pytest.approx(1 / documents)
+
+
+def test_accuracy_counts_ties_by_chance():
+    """By hand: dim 1, one vector a text, so that a score is a product."""
+    queries = torch.tensor([1.0, 1.0, 1.0]).view(3, 1, 1)
+    documents = torch.tensor([[3.0, 1.0], [3.0, 2.0], [0.5, 0.25]]).view(3, 2, 1, 1)
+    _, metrics = LateInteractionObjective()(queries, documents)
+    assert metrics["accuracy"].item() == pytest.approx((1 / 2 + 1 / 2 + 0) / 3)
+    _, metrics = LateInteractionObjective(in_batch_weight=0)(queries, documents)
+    assert metrics["accuracy"].item() == 1
+    _, metrics = LateInteractionObjective(in_batch_weight=0)(queries, torch.ones(3, 4, 1, 1))
+    assert metrics["accuracy"].item() == 0.25
 
 
 # --- recipes ----------------------------------------------------------------------------------------------------------
@@ -644,10 +680,10 @@ def invented_rows(number=50):
 
 
 def mean_reciprocal_rank(model, processor, queries, documents):
-    """MRR@10, document i being the answer to query i."""
+    """MRR@10, document i being the answer to query i; a document with the same score stands before it."""
     scores = model.score(model.encode_queries(queries, processor), model.encode_documents(documents, processor))
     answers = scores[: len(queries), : len(queries)].diagonal()
-    ranks = (scores > answers[:, None]).sum(dim=1) + 1
+    ranks = (scores >= answers[:, None]).sum(dim=1)
     return torch.where(ranks <= 10, 1 / ranks, 0.0).mean().item()
 
 

@@ -6,21 +6,27 @@ import math
 import random
 import re
 import runpy
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoProcessor, TrainerCallback
+from transformers import AutoModel, AutoProcessor, TrainerCallback, XmodConfig, XmodModel
 
+from rarezoo import ColBERTXMConfig
 from rarezoo.configs import load_preset
+from rarezoo.conversion import convert
 from rarezoo.mistral_splade import MistralSpladeConfig, MistralSpladeForRetrieval
+from rarezoo.model_cards import checkpoint_files, write_card
 from rarezoo.training import (
+    LateInteractionRecipe,
     SparseObjective,
     SparseTrainingRecipe,
     build_from_preset,
     initialize_as_lexical_matcher,
     load_for_training,
+    load_recipe,
     train,
     train_tokenizer,
 )
@@ -185,6 +191,47 @@ def test_resume_after_a_kill(tmp_path):
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     with pytest.raises(FileExistsError, match="is finished"):
         train(recipe, tmp_path / "parts", rows=rows(), resume=True)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "sparse with LoRA", "multi-vector", "bare language model"])
+def test_what_may_be_published_tells_no_folders(kind, base, colbert_fixtures, tmp_path):
+    """The recipe of a checkpoint names its files; where they are is known only here, where a run goes on."""
+    private = tmp_path / "home" / "aliciaspecimen"
+    source = shutil.copytree(base if kind.startswith("sparse") else colbert_fixtures / "checkpoint", private / "model")
+    (private / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()))
+    paths = {"model": source, "training_data": private / "rows.jsonl", "evaluation_data": private / "rows.jsonl"}
+    if kind == "bare language model":
+        convert("colbert_xm", source, private / "ours")
+        config = ColBERTXMConfig.from_pretrained(private / "ours")
+        fields = {name: getattr(config, name) for name in XmodConfig.__annotations__}
+        XmodModel(XmodConfig(**fields)).save_pretrained(private / "xmod")
+        paths |= {"model": private / "xmod", "tokenizer": source}
+    settings = {name: str(path) for name, path in paths.items()}
+    settings |= {"max_steps": 9, "save_steps": 2, "batch_size": 4, "lora": kind == "sparse with LoRA"}
+    if kind == "bare language model":
+        settings["processor"] = {"max_document_length": 64}
+    make = SparseTrainingRecipe if kind.startswith("sparse") else LateInteractionRecipe
+    recipe, out = make(**settings), private / "out"
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, out, callbacks=[Interrupt()])
+    train(load_recipe(out), out, resume=True)
+    write_card(out)
+    published = checkpoint_files(out)
+    assert {"training_recipe.json", "config.json", "README.md", "processor_config.json"} <= set(published)
+    told = [
+        name
+        for name in published
+        for word in (str(tmp_path), "aliciaspecimen")
+        if word.encode() in (out / name).read_bytes()
+    ]
+    assert told == []
+    assert load_recipe(out) == load_recipe(out / "training_recipe.json") == recipe
+    copy = shutil.copytree(out, tmp_path / "downloaded", ignore=lambda folder, names: {*names} - {*published})
+    stored = load_recipe(copy)
+    assert {name: getattr(stored, name) for name in paths} == {name: path.name for name, path in paths.items()}
+    assert dataclasses.replace(stored, **{name: settings[name] for name in paths}) == recipe
+    with pytest.raises(FileExistsError, match="is finished"):
+        train(recipe, out, resume=True)
 
 
 @pytest.mark.parametrize("damage", ["no state", "cut weights"])

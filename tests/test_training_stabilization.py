@@ -79,6 +79,28 @@ def test_training_makes_the_weights_predict_the_next_token(tmp_path):
     assert loss < 0.6 * torch.log(torch.tensor(160.0)), "log(1 + relu(z)) alone has to carry the prediction"
 
 
+def test_bfloat16_counts_during_training_only(capfd):
+    """Its losses are others; afterwards the model computes in float32 again, and nothing has been printed."""
+    settings = {"steps": 2, "batch_size": 2, "block_length": 32, "learning_rate": 0.0, "disable_tqdm": True}
+    processor, model = reference_processor(), reference_model().eval()
+    before = model.encode_documents(TEXTS[:2], processor)
+    in_bfloat16 = stabilize(model, processor, TEXTS, bf16=True, **settings)
+    found = model.encode_documents(TEXTS[:2], processor)
+    assert (found != before).nnz == 0
+    in_float32 = stabilize(reference_model(), processor, TEXTS, **settings)
+    assert in_bfloat16 != in_float32
+    assert in_bfloat16["first_loss"] == pytest.approx(in_float32["first_loss"], rel=0.02)
+    assert capfd.readouterr().out == ""
+
+
+def test_a_loss_that_is_not_finite_ends_the_training():
+    with pytest.raises(FloatingPointError, match=r"the loss became (nan|inf) at step \d+\. Continue"):
+        stabilize(
+            reference_model(), reference_processor(), TEXTS, steps=20, batch_size=2, learning_rate=1e30,
+            disable_tqdm=True,
+        )  # fmt: skip
+
+
 def test_checkpoints_and_resuming(tmp_path):
     def run(steps, folder):
         model = reference_model()

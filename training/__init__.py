@@ -4,6 +4,7 @@ from rarezoo.training.chunked_encoding import encode_in_chunks as encode_in_chun
 from rarezoo.training.collator import LateInteractionCollator as LateInteractionCollator
 from rarezoo.training.collator import RetrievalCollator as RetrievalCollator
 from rarezoo.training.data import read_text_table as read_text_table
+from rarezoo.training.data import read_texts as read_texts
 from rarezoo.training.data import read_training_rows as read_training_rows
 from rarezoo.training.from_scratch import initialize_as_lexical_matcher as initialize_as_lexical_matcher
 from rarezoo.training.from_scratch import train_tokenizer as train_tokenizer

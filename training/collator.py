@@ -160,6 +160,8 @@ class LateInteractionCollator(RetrievalCollator):
         nway: passages of a row that are used, the positive and the first `nway - 1` negatives; None takes all.
         language: of rows without a column `language`; None takes the model's default.
 
+    A row's column `document_language` names the language of its documents where that is not its query's.
+
     The dict is that of `RetrievalCollator`, each side with `keep_mask` and `lang_ids` `(texts,)` too.
     """
 
@@ -179,8 +181,8 @@ class LateInteractionCollator(RetrievalCollator):
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         batch = super().__call__(rows)
-        ids = torch.tensor([self.language_id(row) for row in rows])
-        for side in ("queries", "documents"):
+        for side, columns in (("queries", ("language",)), ("documents", ("document_language", "language"))):
+            ids = torch.tensor([self.language_id(row, columns) for row in rows])
             batch[side]["lang_ids"] = ids.repeat(len(batch[side]["input_ids"]) // len(rows))
         return batch
 
@@ -200,10 +202,11 @@ class LateInteractionCollator(RetrievalCollator):
             margins=None if example.margins is None else example.margins[: self.nway - 1],
         )
 
-    def language_id(self, row: Mapping[str, Any]) -> int:
-        language = row.get("language")
+    def language_id(self, row: Mapping[str, Any], columns: Sequence[str] = ("language",)) -> int:
+        """Index of the adapter that the first of the columns that is filled names, or else `language`."""
+        named = [row[column] for column in columns if row.get(column) is not None]
         try:
-            return self.config.language_id(self.language if language is None else language)
+            return self.config.language_id(named[0] if named else self.language)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{_place(row)}{error}") from None
 

@@ -19,6 +19,7 @@ from rarezoo.training.triples import (
 )
 
 ROW_FORMATS = ".jsonl, .tsv, .jsonl.gz, .tsv.gz, .parquet, or a folder written by datasets' save_to_disk"
+TEXT_FORMATS = ".txt with a text a line, or .jsonl with the field 'text', also with .gz"
 
 
 class _StoredRows(Sequence[TrainingRow]):
@@ -93,6 +94,38 @@ def read_text_table(path: str | Path) -> dict[str, str]:
             raise ValueError(f"{row.where}: expected columns '_id' (or 'id') and 'text', found {dict(row)!r}")
         table[str(identifier)] = f"{row['title']} {row['text']}" if row.get("title") else row["text"]
     return table
+
+
+def read_texts(path: str | Path) -> list[str]:
+    """Raw texts: a `.txt` file with one a line, or `.jsonl` with objects that have a "text"; both also as `.gz`.
+
+    Empty lines and texts of blanks alone are left out.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: another format, an invalid line, or no texts.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file of texts at {path}; expected {TEXT_FORMATS}")
+    suffix = Path(path.name.removesuffix(".gz")).suffix
+    if suffix not in (".txt", ".jsonl"):
+        raise ValueError(f"cannot read texts from {path}; expected {TEXT_FORMATS}")
+    try:
+        with open_text(path) as lines:
+            texts = list(lines if suffix == ".txt" else (_text_of(row) for row in _json_rows(path, lines)))
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+        raise ValueError(f"{path}: cannot be read as text in UTF-8 ({error})") from None
+    texts = [text.strip() for text in texts if text.strip()]
+    if not texts:
+        raise ValueError(f"{path} holds no texts")
+    return texts
+
+
+def _text_of(row: TrainingRow) -> str:
+    if not isinstance(row.get("text"), str):
+        raise ValueError(f"{row.where}: expected a string in the field 'text', found {dict(row)!r:.80}")
+    return row["text"]
 
 
 def _read_lines(path: Path) -> Iterator[TrainingRow]:

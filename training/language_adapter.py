@@ -6,7 +6,6 @@ frozen; ColBERT-XM (arXiv 2402.15059, section 3.2) keeps its retrieval weights a
 
 from __future__ import annotations
 
-import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments, XmodForMaskedLM
-from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint, set_seed
+from transformers import DataCollatorForLanguageModeling, Trainer, XmodForMaskedLM
+from transformers.trainer_utils import set_seed
 
-from rarezoo.training.trainer import call_through
+from rarezoo.training.text_training import run_text_training, text_training_arguments
+from rarezoo.training.trainer import autocast_removed, call_through, finite
 
 NOT_PREDICTED = -100
 
@@ -75,21 +74,22 @@ def train_language(
 ) -> dict[str, float]:
     """Train the adapter that `model.add_language(code)` added, in place, by masked language modelling on its texts.
 
-    Nothing else changes: the vectors of all other languages stay bit-identical. Of the masked tokens 80 % become
+    Nothing else changes: the vectors of all other languages stay bit-identical, and what trains, and what is in
+    training mode, of `model` and of a `language_model` is afterwards as before. Of the masked tokens 80 % become
     `<mask>`, 10 % a random token, 10 % stay. Neither the paper nor X-MOD's gives steps and rates for a retriever's new
     language: the defaults are the usual ones of adapters.
 
     Args:
         model: a multi-vector retriever with an X-MOD backbone.
         code: the language; any name by which the model finds it.
-        texts: raw texts in the language; long ones are cut into pieces of `max_length` tokens.
+        texts: raw texts in the language (`read_texts` reads files); long ones are cut into pieces.
         processor: the retriever's processor; only its tokenizer is used.
         language_model: an X-MOD language model of the same vocabulary and width (such as facebook/xmod-base), as a
             model, folder or Hub name, whose head is used, frozen, on top of the hidden states. None multiplies them
             with the embeddings.
         steps: optimiser steps.
         batch_size: pieces per step and process.
-        max_length: tokens of a piece, `<s>` and `</s>` included.
+        max_length: tokens of a piece, `<s>` and `</s>` included; at most as many as the model has positions.
         masked_share: share of the tokens that are to be predicted.
         learning_rate: highest value; linear warm-up over `warmup_ratio` of the steps, then linear decay.
         chunk_size: masked tokens whose logits are in memory at one time.
@@ -103,48 +103,42 @@ def train_language(
         `{"first_loss", "last_loss", "steps"}`, the losses being means over a hundredth of the run.
 
     Raises:
+        TypeError: `processor` is no processor.
         ValueError: the model has no such language, there are no texts, or the language model does not fit.
+        FloatingPointError: the loss became infinite or NaN; the adapter is of no use then.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, found {steps}")
     model.check_processor(processor)
     language = model.config.language_id(code)
-    pieces = _pieces(processor.tokenizer, texts, max_length)
-    head = _frozen_head(language_model, model)
+    longest = model.config.max_position_embeddings - model.config.pad_token_id - 1
+    pieces = _pieces(processor.tokenizer, texts, min(max_length, longest))
     set_seed(seed)
-    with tempfile.TemporaryDirectory() as scratch, _only_adapter_trains(model, model.config.languages[language]):
-        settings = {
-            "output_dir": str(output_dir or scratch),
-            "max_steps": steps,
-            "per_device_train_batch_size": batch_size,
-            "learning_rate": learning_rate,
-            "lr_scheduler_type": "linear",
-            "warmup_steps": round(warmup_ratio * steps),
-            "bf16": bf16,
-            "use_cpu": not torch.accelerator.is_available(),
-            "seed": seed,
-            "remove_unused_columns": False,
-            "report_to": "none",
-            "logging_steps": max(steps // 100, 1),
-            "save_strategy": "no" if output_dir is None else "steps",
-            "save_steps": max(steps // 10, 1),
-            "save_total_limit": 2,
-            "dataloader_pin_memory": torch.cuda.is_available(),
-        }
+    settings = {
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": round(warmup_ratio * steps),
+        "bf16": bf16,
+        "seed": seed,
+        **training_arguments,
+    }
+    with (
+        _frozen_head(language_model, model) as head,
+        _only_adapter_trains(model, model.config.languages[language]),
+        text_training_arguments(output_dir, steps, batch_size, **settings) as args,
+    ):
         trainer = _AdapterTrainer(
             model=model,
-            args=TrainingArguments(**{**settings, **training_arguments}),
+            args=args,
             train_dataset=pieces,
             data_collator=_Masking(processor.tokenizer, masked_share, seed),
             processing_class=processor,
         )
-        trainer.pop_callback(PrinterCallback)
+        # Otherwise the Trainer expects losses that are sums over the tokens of all accumulated batches.
+        trainer.model_accepts_loss_kwargs = False
         trainer.language, trainer.chunk_size = language, chunk_size
-        trainer.head = None if head is None else head.to(trainer.args.device)
-        found = get_last_checkpoint(output_dir) if output_dir and Path(output_dir).is_dir() else None
-        trainer.train(resume_from_checkpoint=found)
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {"first_loss": losses[0], "last_loss": losses[-1], "steps": float(trainer.state.global_step)}
+        trainer.head = None if head is None else head.to(args.device)
+        return run_text_training(trainer, output_dir)
 
 
 class _AdapterTrainer(Trainer):
@@ -164,8 +158,13 @@ class _AdapterTrainer(Trainer):
                 output.last_hidden_state, inputs["labels"], self.head, embeddings, self.chunk_size
             )
 
-        value = call_through(model, loss)
+        # accelerate hangs its own on the forward pass of the whole retriever, which is not called here.
+        with self.accelerator.autocast():
+            value = call_through(model, loss)
         return (value, {}) if return_outputs else value
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        return finite(super().training_step(model, inputs, num_items_in_batch), self.state.global_step + 1)
 
 
 class _Masking:
@@ -183,24 +182,37 @@ class _Masking:
 
 
 @contextmanager
-def _only_adapter_trains(model: Any, code: str) -> Iterator[None]:
-    """All other weights are frozen for a while."""
-    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    was_training = model.training
+def _left_as_found(module: nn.Module) -> Iterator[None]:
+    """Which weights train, and which modules are in training mode, is afterwards as it was."""
+    trained = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+    modes = {name: inner.training for name, inner in module.named_modules()}
     try:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad = f".adapter_modules.{code}." in name
         yield
     finally:
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad = trained[name]
+        for name, inner in module.named_modules():
+            inner.training = modes[name]
+
+
+@contextmanager
+def _only_adapter_trains(model: Any, code: str) -> Iterator[None]:
+    """All other weights are frozen for a while."""
+    with _left_as_found(model), autocast_removed(model):
         for name, parameter in model.named_parameters():
-            parameter.requires_grad = before[name]
-        model.zero_grad()
-        model.train(was_training)
+            parameter.requires_grad = f".adapter_modules.{code}." in name
+        try:
+            yield
+        finally:
+            model.zero_grad()
 
 
-def _frozen_head(language_model: str | Path | XmodForMaskedLM | None, model: Any) -> nn.Module | None:
+@contextmanager
+def _frozen_head(language_model: str | Path | XmodForMaskedLM | None, model: Any) -> Iterator[nn.Module | None]:
+    """The head of a language model, frozen for a while. It may share weights with the embeddings of the caller's."""
     if language_model is None:
-        return None
+        yield None
+        return
     head = (language_model if isinstance(language_model, nn.Module) else _opened(language_model)).lm_head
     shape = (model.config.vocab_size, model.config.hidden_size)
     if tuple(head.decoder.weight.shape) != shape:
@@ -208,7 +220,10 @@ def _frozen_head(language_model: str | Path | XmodForMaskedLM | None, model: Any
             f"the language model's head must be of (vocab_size, hidden_size) = {shape}, "
             f"found {tuple(head.decoder.weight.shape)}"
         )
-    return head.eval().requires_grad_(False)
+    device = head.decoder.weight.device
+    with _left_as_found(head):
+        yield head.eval().requires_grad_(False)
+    head.to(device)
 
 
 def _opened(source: str | Path) -> Any:

@@ -20,15 +20,15 @@ from rarezoo.auto import FAMILIES
 from rarezoo.configs import load_preset
 from rarezoo.lexinvariant.character_tokenizer import character_tokenizer
 from rarezoo.training.data import read_training_rows
-from rarezoo.training.recipe import RECIPE_FILE, LanguageModelRecipe
+from rarezoo.training.recipe import LanguageModelRecipe
 from rarezoo.training.run_folder import (
     CHECKPOINT_FOLDER,
     check_folder,
     common_arguments,
     export_run,
     last_whole_checkpoint,
-    log_to_file_only,
 )
+from rarezoo.training.trainer import show_progress_bar_alone
 
 NOT_PREDICTED = -100
 _ROW_SUFFIXES = (".jsonl", ".tsv", ".gz", ".parquet")
@@ -83,9 +83,9 @@ def train_language_model(
         processing_class=tokenizer,
         callbacks=list(callbacks),
     )
-    log_to_file_only(trainer, lambda logs: f"loss {logs['loss']:.3f}" if "loss" in logs else None)
+    show_progress_bar_alone(trainer)
     if processes.is_main_process:
-        recipe.save(output_dir / RECIPE_FILE)
+        recipe.save_into(output_dir)
     result = trainer.train(resume_from_checkpoint=last_whole_checkpoint(checkpoints))
     if processes.is_main_process:
         trained = trainer.accelerator.unwrap_model(model)

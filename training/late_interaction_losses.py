@@ -138,7 +138,8 @@ class LateInteractionObjective:
 
         Returns:
             The scalar loss, and scalars to log (detached): the losses times their weights, their sum as
-            `ranking_loss`, and `accuracy`, the share of queries whose positive scores above all other candidates.
+            `ranking_loss`, and `accuracy`, the share of queries whose positive scores highest of all candidates; one of
+            n that score equally high counts 1 / n.
         """
         if documents.dim() != 4 or len(documents) != len(queries):
             raise ValueError(
@@ -172,8 +173,9 @@ class LateInteractionObjective:
             loss = in_batch_cross_entropy_loss(self.score_scale * candidates, self.in_batch_form)
             losses["in_batch_loss"] = self.in_batch_weight * loss
         ranking_loss = torch.stack(list(losses.values())).sum()
-        accuracy = (scores[:, 0] >= candidates.amax(dim=1)).float().mean()
-        metrics = {"ranking_loss": ranking_loss, **losses, "accuracy": accuracy}
+        highest = candidates == candidates.amax(dim=1, keepdim=True)
+        found = scores[:, 0] == candidates.amax(dim=1)
+        metrics = {"ranking_loss": ranking_loss, **losses, "accuracy": (found / highest.sum(dim=1)).mean()}
         return ranking_loss, {name: value.detach().float() for name, value in metrics.items()}
 
     def _check_rows(self, nway: int, teacher_scores: Tensor | None) -> None:

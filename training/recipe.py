@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import json
@@ -12,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from rarezoo.auto import FAMILIES
+from rarezoo.auto import FAMILIES, family_of
 from rarezoo.training.late_interaction_losses import LateInteractionObjective
 from rarezoo.training.objective import SparseObjective, check_field_types
 
@@ -20,7 +19,10 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 RECIPE_FILE = "training_recipe.json"
-
+# Beside it, where its files lie on this machine: never published with the checkpoint.
+PATHS_FILE = "training_paths.json"
+# Fields that may name a file or folder.
+_PATHS = ("training_data", "queries", "corpus", "evaluation_data", "model", "tokenizer")
 
 _POSITIVE = (
     "vocabulary_size",
@@ -80,6 +82,16 @@ class StoredRecipe:
         else:
             text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
         write_whole(path, text)
+
+    def save_into(self, folder: str | Path) -> None:
+        """Store the recipe in a checkpoint folder, so that the checkpoint may be published: of absolute paths only the
+        last names stand in the recipe, and the paths in a file of their own, with which `load` puts them together."""
+        folder, settings = Path(folder), self.to_dict()
+        paths = {name: str(settings[name]) for name in _PATHS if os.path.isabs(settings.get(name) or "")}
+        names: dict[str, Any] = {name: Path(path).name for name, path in paths.items()}
+        if paths:
+            write_whole(folder / PATHS_FILE, json.dumps(paths, indent=2, ensure_ascii=False) + "\n")
+        dataclasses.replace(cast(Any, self), **names).save(folder / RECIPE_FILE)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -433,16 +445,6 @@ _RECIPES: dict[str, type[StoredRecipe]] = {
 }
 
 
-def family_of(model: str) -> str | None:
-    """The family that reads a checkpoint, also one in its official layout; None where there is none of either."""
-    for family in FAMILIES.values():
-        with contextlib.suppress(OSError, ValueError):
-            settings, _ = family.config_class().get_config_dict(model)
-            if settings.get("model_type") == family.name:
-                return family.name
-    return None
-
-
 def _recipe_file(path: str | Path) -> Path:
     path = Path(path)
     path = path / RECIPE_FILE if path.is_dir() else path
@@ -452,6 +454,15 @@ def _recipe_file(path: str | Path) -> Path:
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
+    settings = _read_object(path)
+    paths = path.with_name(PATHS_FILE)
+    if path.name == RECIPE_FILE and paths.is_file():
+        known = _read_object(paths).items()
+        settings |= {name: value for name, value in known if Path(value).name == settings.get(name)}
+    return settings
+
+
+def _read_object(path: Path) -> dict[str, Any]:
     text = path.read_text(encoding="utf-8")
     import yaml
 

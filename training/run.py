@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.trainer_utils import set_seed
 
-from rarezoo.auto import FAMILIES, Family
+from rarezoo.auto import FAMILIES, Family, family_of
 from rarezoo.configs import load_preset, read_preset
 from rarezoo.training.collator import LateInteractionCollator, RetrievalCollator, parse_row
 from rarezoo.training.data import read_text_table, read_training_rows
@@ -32,13 +32,11 @@ from rarezoo.training.late_interaction_from_scratch import (
     train_xlm_r_tokenizer,
 )
 from rarezoo.training.recipe import (
-    RECIPE_FILE,
     LanguageModelRecipe,
     LateInteractionRecipe,
     SparseTrainingRecipe,
     StoredRecipe,
     TrainingRecipe,
-    family_of,
 )
 from rarezoo.training.run_folder import (
     CHECKPOINT_FOLDER,
@@ -46,9 +44,13 @@ from rarezoo.training.run_folder import (
     common_arguments,
     export_run,
     last_whole_checkpoint,
-    log_to_file_only,
 )
-from rarezoo.training.trainer import LateInteractionTrainer, RetrievalTrainer, SparseRetrievalTrainer
+from rarezoo.training.trainer import (
+    LateInteractionTrainer,
+    RetrievalTrainer,
+    SparseRetrievalTrainer,
+    show_progress_bar_alone,
+)
 
 ADAPTER_FOLDER = "adapter"
 # Full fine-tuning needs 16 bytes per parameter: above this many it is too much for most machines.
@@ -68,7 +70,8 @@ def train(
 ) -> dict[str, Any]:
     """Train a model and save it: a retriever, or, by a `LanguageModelRecipe`, a language model.
 
-    `output_dir` becomes a checkpoint for AutoModel and AutoProcessor, with `training_recipe.json` and
+    `output_dir` becomes a checkpoint for AutoModel and AutoProcessor, with `training_recipe.json`,
+    `training_paths.json` (the absolute paths of the recipe, if any: the one file that tells of this machine) and
     `training_log.json` (all log entries). After LoRA training it holds the merged model, and `adapter/` the adapter
     alone. Intermediate checkpoints, if any, stand in `checkpoints/`.
 
@@ -120,9 +123,10 @@ def train(
         processing_class=processor,
         callbacks=callbacks,
     )
-    log_to_file_only(trainer, _progress)
+    show_progress_bar_alone(trainer)
     if processes.is_main_process:
-        dataclasses.replace(recipe, lora=hasattr(model, "merge_and_unload")).save(output_dir / RECIPE_FILE)
+        recipe = dataclasses.replace(recipe, lora=hasattr(model, "merge_and_unload"))
+        recipe.save_into(output_dir)
     result = trainer.train(resume_from_checkpoint=last_whole_checkpoint(checkpoints))
     if processes.is_main_process:
         trained = trainer.accelerator.unwrap_model(model)
@@ -363,18 +367,6 @@ def _export(recipe: TrainingRecipe, model: Any, processor: Any, scratch: Path) -
         model = _merge(recipe, model, scratch / ADAPTER_FOLDER)
     model.save_pretrained(scratch)
     processor.save_pretrained(scratch)
-
-
-def _progress(logs: Mapping[str, float]) -> str | None:
-    if "ranking_loss" not in logs:
-        return None
-    figures = f"loss {logs['ranking_loss']:.3f}"
-    if "query_active_dimensions" in logs:
-        query, document = logs["query_active_dimensions"], logs["document_active_dimensions"]
-        figures += f", active {query:.0f} (query) {document:.0f} (document)"
-    if "accuracy" in logs:
-        figures += f", accuracy {logs['accuracy']:.2f}"
-    return figures
 
 
 def _merge(recipe: TrainingRecipe, model: Any, adapter: Path) -> PreTrainedModel:

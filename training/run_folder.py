@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import Trainer, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers import TrainingArguments
 from transformers.utils import logging
 
 from rarezoo.training.recipe import RECIPE_FILE, StoredRecipe, write_whole
@@ -121,27 +120,3 @@ def export_run(output_dir: Path, write: Callable[[Path], None], log: list[dict[s
     write_whole(output_dir / LOG_FILE, json.dumps(log, indent=2) + "\n")
     with suppress(OSError):  # it holds checkpoints
         (output_dir / CHECKPOINT_FOLDER).rmdir()
-
-
-def log_to_file_only(trainer: Trainer, progress: Callable[[Mapping[str, float]], str | None]) -> None:
-    """Without progress bars, transformers prints a line for every log entry instead; these stand in the log file.
-
-    Args:
-        progress: what a log entry shows at the end of the bar, or None for nothing new.
-    """
-    trainer.pop_callback(PrinterCallback)
-    if trainer.pop_callback(ProgressCallback) is not None:
-        trainer.add_callback(_QuietProgressCallback(progress))
-
-
-class _QuietProgressCallback(ProgressCallback):
-    """The progress bar alone, with the figures to watch at its end instead of a printed line for every log entry."""
-
-    def __init__(self, progress: Callable[[Mapping[str, float]], str | None]):
-        super().__init__()
-        self.progress = progress
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        figures = self.progress(logs or {})
-        if self.training_bar is not None and figures is not None:
-            self.training_bar.set_postfix_str(figures)

@@ -8,7 +8,6 @@ token from z, and learns to do so from the non-negative weights as well.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PreTrainedTokenizerBase, Trainer
 
-from rarezoo.training.trainer import call_through
+from rarezoo.training.text_training import run_text_training, text_training_arguments
+from rarezoo.training.trainer import autocast_removed, call_through, finite
 
 
 def stabilization_loss(model: Any, input_ids: Tensor, chunk_size: int = 1024) -> Tensor:
@@ -95,6 +94,10 @@ def stabilize(
 
     Returns:
         `{"first_loss", "last_loss", "steps"}`.
+
+    Raises:
+        ValueError: the model is bidirectional, or there are no texts of two tokens.
+        FloatingPointError: the loss became infinite or NaN.
     """
     retriever = model.get_base_model() if hasattr(model, "get_base_model") else model
     if retriever.config.attention_mode == "bidirectional":
@@ -104,31 +107,18 @@ def stabilize(
     if steps < 1:
         raise ValueError(f"steps must be at least 1, found {steps}")
     blocks = _blocks(processor.tokenizer, texts, block_length)
-    with tempfile.TemporaryDirectory() as scratch:
-        settings = {
-            "output_dir": str(output_dir or scratch),
-            "max_steps": steps,
-            "per_device_train_batch_size": batch_size,
-            "learning_rate": learning_rate,
-            "lr_scheduler_type": "cosine",
-            "warmup_steps": steps // 10 if warmup_steps is None else warmup_steps,
-            "bf16": bf16,
-            "seed": seed,
-            "remove_unused_columns": False,
-            "report_to": "none",
-            "logging_steps": max(steps // 100, 1),
-            "save_strategy": "no" if output_dir is None else "steps",
-            "save_steps": max(steps // 10, 1),
-            "save_total_limit": 2,
-            "dataloader_pin_memory": torch.cuda.is_available(),
-        }
-        args = TrainingArguments(**{**settings, **training_arguments})
+    settings = {
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": steps // 10 if warmup_steps is None else warmup_steps,
+        "bf16": bf16,
+        "seed": seed,
+        **training_arguments,
+    }
+    with text_training_arguments(output_dir, steps, batch_size, **settings) as args, autocast_removed(model):
         trainer = _StabilizationTrainer(model=model, args=args, train_dataset=blocks, processing_class=processor)
         trainer.chunk_size = chunk_size
-        found = get_last_checkpoint(args.output_dir) if output_dir and Path(output_dir).is_dir() else None
-        trainer.train(resume_from_checkpoint=found)
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {"first_loss": losses[0], "last_loss": losses[-1], "steps": float(trainer.state.global_step)}
+        return run_text_training(trainer, output_dir)
 
 
 class _StabilizationTrainer(Trainer):
@@ -136,8 +126,13 @@ class _StabilizationTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         retriever = self.accelerator.unwrap_model(model)
-        loss = call_through(model, lambda: stabilization_loss(retriever, inputs["input_ids"], self.chunk_size))
+        # accelerate hangs its own on the forward pass of the whole retriever, which is not called here.
+        with self.accelerator.autocast():
+            loss = call_through(model, lambda: stabilization_loss(retriever, inputs["input_ids"], self.chunk_size))
         return (loss, {}) if return_outputs else loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        return finite(super().training_step(model, inputs, num_items_in_batch), self.state.global_step + 1)
 
 
 def _blocks(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], block_length: int) -> list[dict[str, Tensor]]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging
 
 from rarezoo.colbert_xm.max_sim import max_sim
@@ -125,13 +128,7 @@ class RetrievalTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss became {loss.item()} at step {self.state.global_step + 1}. Continue from the last "
-                "checkpoint with a lower learning rate or max_grad_norm, in bf16 or float32 instead of fp16"
-            )
-        return loss
+        return finite(super().training_step(model, inputs, num_items_in_batch), self.state.global_step + 1)
 
     def prediction_step(
         self,
@@ -302,7 +299,8 @@ class LateInteractionTrainer(RetrievalTrainer):
         columns = {text: column for column, text in enumerate(documents)}
         scores = max_sim(queries, list(documents.values()), similarity=retriever.config.similarity)
         answer_scores = scores.gather(1, torch.tensor([[columns[text]] for text in answers], device=scores.device))
-        ranks = (scores > answer_scores).sum(dim=1) + 1
+        # A tie counts against the positive: a model that scores all documents alike has found nothing.
+        ranks = (scores >= answer_scores).sum(dim=1)
         reciprocal = torch.where(ranks <= 10, 1 / ranks, 0.0)
         return {"mrr@10": reciprocal.mean().item(), "recall@100": (ranks <= 100).float().mean().item()}
 
@@ -351,3 +349,47 @@ def call_through(wrapper: nn.Module, function: Callable[[], _Result]) -> _Result
         return wrapper()
     finally:
         restore()
+
+
+@contextmanager
+def autocast_removed(model: nn.Module) -> Iterator[None]:
+    """With bf16, accelerate hangs its autocast on a model's forward pass and leaves it there; after this it is gone."""
+    try:
+        yield
+    finally:
+        extract_model_from_parallel(model, keep_fp32_wrapper=False)
+
+
+def finite(loss: Tensor, step: int) -> Tensor:
+    """The loss of a step, a scalar. Raises FloatingPointError if it is infinite or NaN."""
+    if not torch.isfinite(loss):
+        raise FloatingPointError(
+            f"the loss became {loss.item()} at step {step}. Continue from the last checkpoint with a lower learning "
+            "rate or max_grad_norm, in bf16 or float32 instead of fp16"
+        )
+    return loss
+
+
+def show_progress_bar_alone(trainer: Trainer) -> None:
+    """No line on standard output for every log entry, neither beside a progress bar nor without one."""
+    trainer.pop_callback(PrinterCallback)
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(_QuietProgressCallback)
+
+
+class _QuietProgressCallback(ProgressCallback):
+    """The progress bar alone, with the figures to watch at its end instead of a printed line for every log entry."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        loss = (logs or {}).get("ranking_loss", (logs or {}).get("loss"))
+        if self.training_bar is None or not logs or loss is None:
+            return
+        figures = f"loss {loss:.3f}"
+        if "query_active_dimensions" in logs:
+            figures += (
+                f", active {logs['query_active_dimensions']:.0f} (query) "
+                f"{logs['document_active_dimensions']:.0f} (document)"
+            )
+        if "accuracy" in logs:
+            figures += f", accuracy {logs['accuracy']:.2f}"
+        self.training_bar.set_postfix_str(figures)

@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from huggingface_hub.dataclasses import strict
 from transformers import XmodConfig
 
-from .colbert_metadata import is_stanford_layout, read_metadata
-from .language_codes import find_language
+from .colbert_metadata import SIMILARITIES, is_stanford_layout, read_metadata, stored_dim
+from .language_codes import check_code, find_language
 
-SIMILARITIES = ("cosine", "l2")
 _SIZES = (
     "vocab_size",
     "hidden_size",
@@ -88,6 +87,8 @@ class ColBERTXMConfig(XmodConfig):
             raise ValueError(
                 "is_decoder and add_cross_attention must be False: the family reads text in both directions"
             )
+        for code in self.languages:
+            check_code(code)
         if not self.languages or len(set(self.languages)) != len(self.languages):
             raise ValueError(f"languages must be one or more different codes; found {self.languages}")
         if self.default_language not in self.languages:
@@ -118,26 +119,49 @@ class ColBERTXMConfig(XmodConfig):
             self.default_language = codes[0]
         self.languages = [code for code in self.languages if code in codes]
 
+    def choose_languages(
+        self, languages: str | Sequence[str] | None = None, default_language: str | None = None
+    ) -> None:
+        """What the arguments of `from_pretrained` of these names mean: the adapters to keep (None keeps all), and the
+        new default (None leaves it, if it is kept).
+
+        Raises:
+            ValueError: there is no such adapter, or none is kept.
+        """
+        if languages is not None:
+            self.keep_languages(languages)
+        if default_language is not None:
+            self.default_language = find_language(default_language, self.languages)
+
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
-        """As in transformers; an official checkpoint (an X-MOD `config.json`) is read with its `artifact.metadata`."""
+        """As in transformers; an official checkpoint (an X-MOD `config.json`) is read with its `artifact.metadata`, and
+        where that does not say `dim`, with the shape of its projection.
+
+        Raises:
+            ValueError: a checkpoint of another model; transformers would fill all that it lacks with random weights.
+        """
         config, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if config.get("model_type") not in (cls.model_type, XmodConfig.model_type):
+            raise ValueError(
+                f"{pretrained_model_name_or_path} has model_type {config.get('model_type')!r}; expected "
+                f"{cls.model_type!r}, or {XmodConfig.model_type!r}: a checkpoint of colbert-ai or a bare X-MOD"
+            )
         if is_stanford_layout(config, pretrained_model_name_or_path, **kwargs):
             metadata = read_metadata(pretrained_model_name_or_path, **kwargs)
             fields = ("_name_or_path", "architectures", "model_type", "position_embedding_type")
             config = {name: value for name, value in config.items() if name not in fields}
-            config.update(model_type=cls.model_type, dim=metadata["dim"], similarity=metadata["similarity"])
+            config.update(model_type=cls.model_type, similarity=metadata["similarity"])
+            dim = metadata["dim"] or stored_dim(pretrained_model_name_or_path, **kwargs)
+            if dim is not None:
+                config["dim"] = dim
         return config, unused
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
         """As in transformers, but `languages` names the adapters to keep of those in `config_dict`."""
-        kept = kwargs.pop("languages", None)
-        default = kwargs.pop("default_language", None)
+        choice = {name: kwargs.pop(name, None) for name in ("languages", "default_language")}
         found = super().from_dict(config_dict, **kwargs)
         config = found[0] if isinstance(found, tuple) else found
-        if kept is not None:
-            config.keep_languages(kept)
-        if default is not None:
-            config.default_language = find_language(default, config.languages)
+        config.choose_languages(**choice)
         return found

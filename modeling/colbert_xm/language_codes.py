@@ -1,5 +1,6 @@
 """Languages by the names people use, as the codes of X-MOD's adapters (such as en_XX, pt_XX, zh_TW)."""
 
+import re
 from collections.abc import Sequence
 
 # ISO 639-2 and 639-3 -> the code that X-MOD's list uses (ISO 639-1 where there is one).
@@ -20,6 +21,7 @@ _THREE_LETTERS = {
 }  # fmt: skip
 # Old and narrower codes of BCP-47's registry.
 _TWO_LETTERS = {"in": "id", "iw": "he", "nb": "no", "nn": "no"}
+_CODE = re.compile(r"[a-z]{2,3}_([A-Z]{2}|[A-Z][a-z]{3})")
 _TRADITIONAL_CHINESE = {"tw", "hk", "mo", "hant"}
 _SIMPLIFIED_CHINESE = {"cn", "sg", "hans"}
 
@@ -53,6 +55,31 @@ def find_language(language: str, codes: Sequence[str]) -> str:
     if exact or same:
         return exact[0] if exact else same[0][0]
     raise ValueError(f"no adapter for the language {language!r}; expected one of {', '.join(codes)}")
+
+
+def check_code(code: str) -> None:
+    """See that an adapter can have this name.
+
+    Args:
+        code: in X-MOD's form: ISO 639 code, underscore, region or "XX" (or a script), such as "rw_RW", "yue_Hant".
+            Other names could be those of attributes of a module.
+
+    Raises:
+        ValueError: the code has another form.
+    """
+    if not isinstance(code, str) or not _CODE.fullmatch(code):
+        raise ValueError(f"a language's code must have the form xx_YY, such as 'eu_ES' or 'eo_XX'; found {code!r}")
+
+
+def check_new_code(code: str, codes: Sequence[str]) -> None:
+    """See that a language can be added under this code, beside the adapters of `codes`.
+
+    Raises:
+        ValueError: there is an adapter of this name already, or the code has not the form of `check_code`.
+    """
+    if isinstance(code, str) and code.lower() in (known.lower() for known in codes):
+        raise ValueError(f"there is an adapter for {code!r} already")
+    check_code(code)
 
 
 def _parse(tag: str) -> tuple[str, set[str]]:

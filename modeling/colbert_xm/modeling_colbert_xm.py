@@ -5,23 +5,27 @@ all languages. The head is colbert-ai's: a projection without bias, masked, L2-n
 to 4).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn.functional import normalize
-from tqdm.auto import tqdm
 from transformers import XmodModel
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.models.xmod.modeling_xmod import XmodAdapter, XmodOutput, XmodPreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
 
+from .colbert_metadata import PROJECTION, write_metadata
 from .configuration_colbert_xm import ColBERTXMConfig
+from .language_codes import check_new_code
 from .max_sim import Ranking, max_sim, rerank
 from .processing_colbert_xm import ColBERTXMProcessor
+from .text_encoding import check_finite, encode_in_batches, list_texts, stored_processor
+
+logger = logging.get_logger(__name__)
 
 Language = str | None | Sequence[str | None] | Callable[[str], str]
 
@@ -49,7 +53,7 @@ class LanguageAdapterOutput(XmodOutput):
     """
 
     def lang_adapter(self, lang_ids, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`lang_ids` is what `group_by_language` made of them."""
+        """(batch, length, hidden_size) through the adapters; `lang_ids` is what `group_by_language` gives."""
         residual = hidden_states
         if self.adapter_layer_norm is not None:
             hidden_states = self.adapter_layer_norm(hidden_states)
@@ -68,7 +72,15 @@ class LanguageAdapterOutput(XmodOutput):
 
 @torch.compiler.disable
 def group_by_language(lang_ids: torch.Tensor, languages: Sequence[str]):
-    """The code of the one language of a batch; of several ((code, its rows), …) and the order that undoes the grouping.
+    """Which adapters read which rows of a batch.
+
+    Args:
+        lang_ids: (batch,) int64, indices in `languages`.
+        languages: the codes.
+
+    Returns:
+        The code of the one language of the batch; of several ((code, its rows), …), the rows int64, and the order
+        (batch,) int64 that undoes the grouping.
 
     Raises:
         ValueError: an index is none of a language.
@@ -95,8 +107,24 @@ class ColBERTXMPreTrainedModel(XmodPreTrainedModel):
         config.validate()
         super().__init__(config, *args, **kwargs)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """As in transformers, with the adapters of `languages` only, if they are named, and with `default_language`.
+        Both count for a given `config`, too, which stays as it is.
+
+        Raises:
+            ValueError: there is no such adapter; the message lists the codes.
+        """
+        # Without a configuration of the caller's, its class reads the two.
+        if hasattr(kwargs.get("config"), "choose_languages"):
+            choice = {name: kwargs.pop(name, None) for name in ("languages", "default_language")}
+            kwargs["config"] = deepcopy(kwargs["config"])
+            kwargs["config"].choose_languages(**choice)
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+
     @property
     def backbone(self) -> "ColBERTXMModel":
+        """The X-MOD without the head."""
         return getattr(self, self.base_model_prefix, self)
 
     def _check_length(self, length: int) -> None:
@@ -116,6 +144,7 @@ class ColBERTXMPreTrainedModel(XmodPreTrainedModel):
                 `config.default_language`; or a function that tells the language of a text.
 
         Raises:
+            TypeError: a language is no string.
             ValueError: no adapter for a language, or another number of languages than of texts.
         """
         if callable(language):
@@ -128,23 +157,26 @@ class ColBERTXMPreTrainedModel(XmodPreTrainedModel):
         return torch.tensor([known[name] for name in language], dtype=torch.long, device=self.device)
 
     def set_default_language(self, language: str) -> None:
-        """Set the language of inputs that come without one: X-MOD code, ISO code or BCP-47 tag."""
+        """Set the language of inputs that come without one: X-MOD code, ISO code or BCP-47 tag.
+
+        Raises:
+            ValueError: there is no such adapter; the message lists the codes.
+        """
         self.config.default_language = self.config.languages[self.config.language_id(language)]
 
     def add_language(self, code: str, init_from: str | None = None) -> None:
         """Add the adapter of a new language, to be trained while all else is frozen (`train_language`).
 
         Args:
-            code: its name from now on, such as "eu_ES"; it gets the next index.
-            init_from: a language whose adapter is copied; None initialises at random.
+            code: its name from now on, of X-MOD's form, such as "eu_ES"; it gets the next index.
+            init_from: a language whose adapter is copied; None initialises at random. In a quantized model a copy is
+                quantized as its source is, a random one is kept in full precision.
 
         Raises:
-            ValueError: there is such an adapter already, or none to copy.
+            ValueError: there is such an adapter already, or none to copy, or the code has another form. The model is
+                then as it was.
         """
-        if not isinstance(code, str) or not code or "." in code:
-            raise ValueError(f"a language code must be a name such as 'eu_ES'; found {code!r}")
-        if code.lower() in (known.lower() for known in self.config.languages):
-            raise ValueError(f"there is an adapter for {code!r} already")
+        check_new_code(code, self.config.languages)
         source = None if init_from is None else self.config.languages[self.config.language_id(init_from)]
         for layer in self.backbone.encoder.layer:
             adapters = layer.output.adapter_modules
@@ -155,6 +187,17 @@ class ColBERTXMPreTrainedModel(XmodPreTrainedModel):
             adapters[code] = XmodAdapter(self.config).to(neighbour.device, neighbour.dtype).train(self.training)
             adapters[code].apply(self._init_weights)
         self.config.languages = [*self.config.languages, code]
+        if source is None and getattr(self, "hf_quantizer", None) is not None:
+            self._keep_unquantized(rf".*\.adapter_modules\.{code}")
+
+    def _keep_unquantized(self, pattern: str) -> None:
+        """Say in the configuration that modules are not quantized: a saved model would be read as if they were."""
+        quantization = self.config.quantization_config
+        for name in ("llm_int8_skip_modules", "modules_to_not_convert"):
+            if hasattr(quantization, name):
+                # None stands for the modules that transformers chose.
+                kept = getattr(quantization, name) or self.hf_quantizer.modules_to_not_convert
+                setattr(quantization, name, [*sorted(kept), pattern])
 
 
 class ColBERTXMModel(ColBERTXMPreTrainedModel, XmodModel):
@@ -181,7 +224,10 @@ class ColBERTXMModel(ColBERTXMPreTrainedModel, XmodModel):
             lang_ids: (batch,) int64, indices in `config.languages`; None means `config.default_language`.
 
         Returns:
-            `last_hidden_state` (batch, length, hidden_size), `pooler_output` None.
+            `last_hidden_state` (batch, length, hidden_size) in the model's dtype, `pooler_output` None.
+
+        Raises:
+            ValueError: more tokens than positions, or `lang_ids` of another shape or outside of `config.languages`.
         """
         inputs = input_ids if input_ids is not None else inputs_embeds
         if inputs is not None and not torch.compiler.is_compiling():
@@ -235,7 +281,11 @@ class ColBERTXMForRetrieval(ColBERTXMPreTrainedModel):
                 `config.default_language`.
 
         Returns:
-            `ColBERTXMOutput` with `embeddings` (batch, length, dim) float32 and `mask` (batch, length).
+            `ColBERTXMOutput` with `embeddings` (batch, length, dim) float32 and `mask` (batch, length) int64.
+
+        Raises:
+            ValueError: more tokens than positions, or `lang_ids` or `keep_mask` of another shape, or an index that is
+                none of a language.
         """
         outputs = self.roberta(
             input_ids=input_ids,
@@ -256,6 +306,15 @@ class ColBERTXMForRetrieval(ColBERTXMPreTrainedModel):
             attentions=outputs.attentions,
         )
 
+    def tie_weights(self, missing_keys=None, recompute_mapping=True):
+        """As in transformers, with a word on a checkpoint without a projection: nothing is tied to it."""
+        if missing_keys and PROJECTION in missing_keys:
+            logger.warning(
+                f"The checkpoint has no {PROJECTION}: the projection is random, and until it is trained the vectors "
+                "mean nothing. If the checkpoint is a backbone alone, open it with ColBERTXMModel."
+            )
+        super().tie_weights(missing_keys=missing_keys, recompute_mapping=recompute_mapping)
+
     def _resolve_keep_mask(self, keep_mask, input_ids, attention_mask, hidden_states) -> torch.Tensor:
         if keep_mask is None:
             if input_ids is not None:
@@ -273,9 +332,11 @@ class ColBERTXMForRetrieval(ColBERTXMPreTrainedModel):
         return keep_mask
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
-        """As in transformers; also writes the files by which sentence-transformers opens the folder."""
+        """As in transformers; also writes the files by which sentence-transformers opens the folder, and
+        `artifact.metadata`, where colbert-ai has dimension and similarity."""
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
+            write_metadata(save_directory, self.config)
             # Imported here for speed; by this line transformers also copies that file into every checkpoint.
             from .sentence_transformers_colbert_xm import write_multi_vector_encoder_files
 
@@ -304,6 +365,11 @@ class ColBERTXMForRetrieval(ColBERTXMPreTrainedModel):
 
         Returns:
             Per text (max_query_length, dim) float32 on the CPU, unit vectors, in the order of `texts`.
+
+        Raises:
+            TypeError: texts or languages are no strings, or the processor is none.
+            ValueError: no adapter for a language, another number of languages than of texts, a processor that does not
+                belong to the model, a text of more tokens than positions, or weights that give no finite vectors.
         """
         processor = self._usable_processor(processor)
 
@@ -323,55 +389,51 @@ class ColBERTXMForRetrieval(ColBERTXMPreTrainedModel):
         batch_size: int = 32,
         show_progress_bar: bool = False,
     ) -> list[torch.Tensor]:
-        """Token vectors of documents; arguments as `encode_queries`.
+        """Token vectors of documents; arguments and errors as `encode_queries`.
 
         Returns:
-            Per text (kept tokens, dim) float32 on the CPU: without padding and punctuation.
+            Per text (kept tokens, dim) float32 on the CPU, unit vectors, in the order of `texts`: without padding and
+            punctuation.
         """
         process = self._usable_processor(processor).process_documents
         return self._encode_texts("document", texts, process, language, batch_size, show_progress_bar)
 
-    @torch.no_grad()
     def _encode_texts(self, kind, texts, process, language, batch_size, show_progress_bar) -> list[torch.Tensor]:
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be a whole number of at least 1; found {batch_size!r}")
-        if not isinstance(texts, Iterable):
-            raise TypeError(f"expected a text or several; found {type(texts).__name__}")
-        texts = [texts] if isinstance(texts, str) else list(texts)
+        texts = list_texts(texts)
         lang_ids = self.language_ids(language, texts)
-        lengths = [len(text) if isinstance(text, str) else 0 for text in texts]
-        vectors: list[torch.Tensor] = [torch.empty(0, self.config.dim)] * len(texts)
-        was_training = self.training
-        self.eval()
-        title = f"Encoding {kind} texts"
-        # Inside another bar, it vanishes when it is done.
-        bar = tqdm(total=len(texts), desc=title, unit="text", leave=None, disable=not show_progress_bar)
-        try:
-            for batch in _batches(lang_ids.tolist(), lengths, batch_size):
-                inputs = process([texts[i] for i in batch])
-                output = self(**inputs.to(self.device), lang_ids=lang_ids[batch])
-                self._check_finite(output.embeddings, [texts[i] for i in batch])
-                for i, embedding, kept in zip(batch, output.embeddings, output.mask):
-                    vectors[i] = embedding[kept.bool()].cpu()
-                bar.update(len(batch))
-        finally:
-            bar.close()
-            self.train(was_training)
-        return vectors
+
+        def encode(batch):
+            chosen = [texts[i] for i in batch]
+            output = self(**process(chosen).to(self.device), lang_ids=lang_ids[batch])
+            check_finite(self, output.embeddings, chosen)
+            return [embedding[kept.bool()].cpu() for embedding, kept in zip(output.embeddings, output.mask)]
+
+        title = f"Encoding {kind} texts" if show_progress_bar else None
+        # By language: no adapter waits for another.
+        return encode_in_batches(self, texts, encode, batch_size, title, groups=lang_ids.tolist())
 
     def _usable_processor(self, processor: ColBERTXMProcessor | None) -> ColBERTXMProcessor:
         if processor is None:
             if self._processor is None:
-                self._processor = _stored_processor(self.config)
+                self._processor = stored_processor(ColBERTXMProcessor, self.config)
             processor = self._processor
         return self.check_processor(processor)
 
     def check_processor(self, processor: ColBERTXMProcessor) -> ColBERTXMProcessor:
-        """The processor, if it belongs to this model.
+        """See that a processor can belong to this model: that it makes queries and documents, and that its tokenizer
+        has no ids beyond the embeddings. Lengths are looked at when a text is encoded.
+
+        Args:
+            processor: of any checkpoint.
+
+        Returns:
+            The processor itself.
 
         Raises:
             TypeError: it is something else, such as a tokenizer.
-            ValueError: another vocabulary, or documents longer than the model's positions.
+            ValueError: its tokenizer has more tokens than `config.vocab_size`.
         """
         if not hasattr(processor, "process_queries"):
             raise TypeError(f"expected a ColBERTXMProcessor; found {type(processor).__name__}")
@@ -382,14 +444,6 @@ class ColBERTXMForRetrieval(ColBERTXMPreTrainedModel):
             )
         return processor
 
-    def _check_finite(self, embeddings: torch.Tensor, texts: Sequence[str]) -> None:
-        broken = (~embeddings.isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist()
-        if broken:
-            raise ValueError(
-                f"the model gives vectors that are not finite, for example for {texts[broken[0]][:80]!r}: its own "
-                f"weights are damaged, or too large for {self.dtype}"
-            )
-
     def score(self, queries, documents, **masks) -> torch.Tensor:
         """MaxSim of all queries with all documents, by `config.similarity`; see `max_sim` for the forms of inputs.
 
@@ -398,6 +452,9 @@ class ColBERTXMForRetrieval(ColBERTXMPreTrainedModel):
 
         Returns:
             (queries, documents) float32.
+
+        Raises:
+            TypeError, ValueError: inputs of another form, shape or dim.
         """
         return max_sim(queries, documents, similarity=self.config.similarity, **masks)
 
@@ -410,36 +467,10 @@ class ColBERTXMForRetrieval(ColBERTXMPreTrainedModel):
             top_k: results.
 
         Returns:
-            `Ranking(positions, scores)`, best first. With `similarity="l2"` the order is the same, since all vectors
-            have length 1; the scores are those of the cosine.
+            `Ranking(positions, scores)`, int64 and float32, best first. With `similarity="l2"` the order is the same,
+            since all vectors have length 1; the scores are those of the cosine.
+
+        Raises:
+            TypeError, ValueError: inputs of another form, shape or dim, or `top_k` below 1.
         """
         return rerank(query, documents, top_k, **masks)
-
-
-def _batches(lang_ids: Sequence[int], lengths: Sequence[int], batch_size: int) -> Iterable[list[int]]:
-    """Texts of one language and similar length: no adapter waits for another, little is computed on padding."""
-    order = sorted(range(len(lengths)), key=lambda i: (lang_ids[i], lengths[i]))
-    batch: list[int] = []
-    for i in order:
-        if batch and (len(batch) == batch_size or lang_ids[batch[0]] != lang_ids[i]):
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
-
-
-def _stored_processor(config: ColBERTXMConfig) -> ColBERTXMProcessor:
-    source = config._name_or_path
-    if not source:
-        raise ValueError("this model was not loaded from a checkpoint: pass processor=ColBERTXMProcessor(...)")
-    # Where this module itself was loaded from a checkpoint, its user has agreed to run the checkpoint's code.
-    trusted = __name__.startswith("transformers_modules.")
-    revision = getattr(config, "_commit_hash", None)
-    try:
-        return ColBERTXMProcessor.from_pretrained(source, revision=revision, trust_remote_code=trusted)
-    except (OSError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"no processor could be loaded from {source}, where the model comes from; expected processor_config.json "
-            "and a tokenizer beside the weights, or the argument processor=ColBERTXMProcessor(...)"
-        ) from error

@@ -9,9 +9,16 @@ import torch
 from transformers import AutoTokenizer, BatchEncoding, PreTrainedConfig
 from transformers.processing_utils import ProcessorMixin
 
-from .colbert_metadata import is_stanford_layout, marker_mode_of, processor_settings, read_metadata
+from .colbert_metadata import (
+    MARKER_MODES,
+    SHORTEST_INPUT,
+    is_stanford_layout,
+    marker_mode_of,
+    processor_settings,
+    read_metadata,
+    write_metadata,
+)
 
-MARKER_MODES = ("insert", "replace")
 # colbert-ai's cap on queries that are not cut to `query_maxlen` (`full_length_search`).
 _LONGEST_FULL_QUERY = 500
 # What it leaves to a query and its context together.
@@ -63,8 +70,10 @@ class ColBERTXMProcessor(ProcessorMixin):
         if marker_mode not in MARKER_MODES:
             raise ValueError(f"marker_mode must be one of {', '.join(MARKER_MODES)}; found {marker_mode!r}")
         for field, value in (("max_query_length", max_query_length), ("max_document_length", max_document_length)):
-            if not isinstance(value, int) or value < 4:
-                raise ValueError(f"{field} must be at least 4 (three special tokens and one of text); found {value!r}")
+            if not isinstance(value, int) or value < SHORTEST_INPUT:
+                raise ValueError(
+                    f"{field} must be at least {SHORTEST_INPUT} (three special tokens and one of text); found {value!r}"
+                )
         for field, value in (("query_marker", query_marker), ("document_marker", document_marker)):
             if not isinstance(value, str) or not value:
                 raise ValueError(f"{field} must be a token; found {value!r}")
@@ -82,7 +91,12 @@ class ColBERTXMProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """As in transformers; of an official checkpoint the settings come from its `artifact.metadata`."""
+        """As in transformers; of an official checkpoint the settings come from its `artifact.metadata`.
+
+        Raises:
+            OSError: there is no such checkpoint, or no tokenizer in it.
+            ValueError: a setting that is not allowed, or metadata that are not JSON.
+        """
         # Only an AutoClass heeds the argument; transformers warns of it elsewhere.
         options = {name: value for name, value in kwargs.items() if name != "trust_remote_code"}
         config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **options)
@@ -97,8 +111,20 @@ class ColBERTXMProcessor(ProcessorMixin):
         settings.update({name: kwargs.pop(name) for name in list(kwargs) if name in settings})
         return cls(AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs), **settings)
 
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """As in transformers; also writes the settings as colbert-ai names them (`artifact.metadata`). Here they are
+        read from `processor_config.json` alone."""
+        written = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        write_metadata(save_directory, processor=self)
+        return written
+
     def __call__(self, text: str | Sequence[str], kind: str = "document", **kwargs) -> BatchEncoding:
-        """`process_queries` or `process_documents`, by `kind`."""
+        """`process_queries` or `process_documents`, by `kind` ("query" or "document"), and with their other arguments;
+        those by which generic callers ask for padding, truncation and tensors change nothing.
+
+        Raises:
+            TypeError, ValueError: as those do; another `kind`, or `return_tensors` other than "pt".
+        """
         if kind not in ("query", "document"):
             raise ValueError(f"kind must be 'query' or 'document'; found {kind!r}")
         if kwargs.pop("return_tensors", "pt") not in (None, "pt"):
@@ -121,6 +147,10 @@ class ColBERTXMProcessor(ProcessorMixin):
         Returns:
             `input_ids`, `attention_mask` and `keep_mask` (1: every vector of a query counts, but not the padding of
             contexts), int64 (queries, length).
+
+        Raises:
+            TypeError: a text is no string.
+            ValueError: there are no texts, another number of contexts, or half of a surrogate pair in a text.
         """
         texts = _as_list(texts)
         length = self.max_query_length
@@ -143,12 +173,22 @@ class ColBERTXMProcessor(ProcessorMixin):
         Returns:
             `input_ids`, `attention_mask` (0 at padding) and `keep_mask` (1 where the vector belongs to the document:
             not at padding, not at punctuation; `<s>`, the marker and `</s>` stay), int64 (documents, longest document).
+
+        Raises:
+            TypeError: a text is no string.
+            ValueError: there are no texts, or half of a surrogate pair in one.
         """
         rows = self._with_marker(_as_list(texts), self.document_marker, self.max_document_length)
         input_ids, attention_mask = _pad(rows, self.tokenizer.pad_token_id, max(map(len, rows)))
         dropped = torch.tensor([self.tokenizer.pad_token_id, *self.skiplist_ids])
         keep_mask = (~torch.isin(input_ids, dropped)).long()
         return BatchEncoding({"input_ids": input_ids, "attention_mask": attention_mask, "keep_mask": keep_mask})
+
+    @property
+    def shared_settings(self) -> dict[str, str | int]:
+        """What queries and documents must agree in to be compared: all else is the choice of one side alone."""
+        markers = self.tokenizer.convert_tokens_to_ids([self.query_marker, self.document_marker])
+        return {"marker_mode": self.marker_mode, "query_marker_id": markers[0], "document_marker_id": markers[1]}
 
     @property
     def skiplist_ids(self) -> list[int]:

@@ -27,7 +27,8 @@ MULTI_VECTOR_ENCODER_CONFIG: dict[str, object] = {
 
 
 def write_multi_vector_encoder_files(folder) -> None:
-    """Make `MultiVectorEncoder(folder, trust_remote_code=True)` build `ColBERTXMEncoder`."""
+    """Make `MultiVectorEncoder(folder, trust_remote_code=True)` build `ColBERTXMEncoder`: write `modules.json` and
+    `config_sentence_transformers.json` into a checkpoint folder. Raises OSError where that cannot be."""
     for name, content in (("modules", MODULES), ("config_sentence_transformers", MULTI_VECTOR_ENCODER_CONFIG)):
         (Path(folder) / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -62,9 +63,16 @@ class ColBERTXMEncoder(InputModule):
         self.processor.max_document_length = value
 
     def get_embedding_dimension(self) -> int:
+        """Components of a token vector."""
         return self.model.config.dim
 
     def preprocess(self, inputs, prompt=None, task=None, language=None, **kwargs):
+        """The processor's tensors, int64 (batch, length), of queries for `task="query"` and of documents otherwise, and
+        `lang_ids`, int64 (batch,).
+
+        Raises:
+            ValueError: no adapter for the language, or a list of languages.
+        """
         if not (language is None or isinstance(language, str) or callable(language)):
             # sentence-transformers sorts the texts by length before they come here.
             raise ValueError(
@@ -76,6 +84,7 @@ class ColBERTXMEncoder(InputModule):
         return {**self.processor(texts, kind="query" if task == "query" else "document"), "lang_ids": lang_ids}
 
     def forward(self, features, **kwargs):
+        """The features of `preprocess` with `token_embeddings` (batch, length, dim) float32 and `attention_mask`."""
         names = [*self.processor.model_input_names, "lang_ids"]
         output = self.model(**{name: features[name] for name in names if name in features})
         features["token_embeddings"] = output.embeddings
@@ -83,6 +92,7 @@ class ColBERTXMEncoder(InputModule):
         return features
 
     def save(self, output_path, *args, safe_serialization=True, **kwargs):
+        """Write model and processor into the folder."""
         self.model.save_pretrained(output_path)
         self.processor.save_pretrained(output_path)
 
@@ -101,6 +111,8 @@ class ColBERTXMEncoder(InputModule):
         config_kwargs=None,
         **kwargs,
     ):
+        """From a checkpoint folder or Hub repository; `config_kwargs` and `model_kwargs` go to `AutoModel` (such as
+        `languages`), `processor_kwargs` to `AutoProcessor`."""
         source = {
             "subfolder": subfolder,
             "token": token,

@@ -5,13 +5,12 @@ relu(logits)) over the marked positions (SPLADE-max, arXiv 2109.10086 formula 4;
 twice, arXiv 2408.11119).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import MistralModel, MistralPreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, MaskedLMOutput
 from transformers.processing_utils import Unpack
@@ -20,6 +19,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from .configuration_mistral_splade import MistralSpladeConfig
 from .fused_vocabulary_pooling import pool_vocabulary_head
 from .processing_mistral_splade import MistralSpladeProcessor
+from .text_encoding import check_finite, encode_in_batches, list_texts, stored_processor
 
 logger = logging.get_logger(__name__)
 
@@ -268,42 +268,30 @@ class MistralSpladeForRetrieval(MistralSpladeHeadModel):
         top_k = top_k if top_k is not None else self.config.top_k_document
         return self._encode_texts("document", texts, processor, {}, batch_size, top_k, output, show_progress_bar)
 
-    @torch.no_grad()
     def _encode_texts(self, kind, texts, processor, values, batch_size, top_k, output, show_progress_bar):
         if output not in ("scipy", "torch", "dense"):
             raise ValueError(f"output must be 'scipy', 'torch' or 'dense'; found {output!r}")
         _check_counts(top_k=top_k)
         _check_counts(batch_size=batch_size, optional=False)
-        if not isinstance(texts, Iterable):
-            raise TypeError(f"expected a text or several; found {type(texts).__name__}")
-        texts = [texts] if isinstance(texts, str) else list(texts)
+        texts = list_texts(texts)
         processor = self._usable_processor(processor)
-        was_training = self.training
-        self.eval()
-        rows: list[tuple[torch.Tensor, torch.Tensor]] = [(torch.empty(0), torch.empty(0))] * len(texts)
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]) if isinstance(texts[i], str) else 0)
-        title = f"Encoding {kind} texts"
-        # Inside another bar, it vanishes when it is done.
-        bar = tqdm(total=len(texts), desc=title, unit="text", leave=None, disable=not show_progress_bar)
-        try:
-            for start in range(0, len(order), batch_size):
-                batch = order[start : start + batch_size]
-                inputs = processor.process([(kind, {"text": texts[i], **values}) for i in batch])
-                self._check_length(inputs["input_ids"].shape[1])
-                embedding = self(**inputs.to(self.device)).sparse_embedding
-                self._check_finite(embedding, [texts[i] for i in batch])
-                for i, row in zip(batch, embedding):
-                    rows[i] = _active_entries(row, top_k)
-                bar.update(len(batch))
-        finally:
-            bar.close()
-            self.train(was_training)
+
+        def encode(batch):
+            chosen = [texts[i] for i in batch]
+            inputs = processor.process([(kind, {"text": text, **values}) for text in chosen])
+            self._check_length(inputs["input_ids"].shape[1])
+            embedding = self(**inputs.to(self.device)).sparse_embedding
+            check_finite(self, embedding, chosen)
+            return [_active_entries(row, top_k) for row in embedding]
+
+        title = f"Encoding {kind} texts" if show_progress_bar else None
+        rows = encode_in_batches(self, texts, encode, batch_size, title)
         return _stack_rows(rows, self.config.vocab_size, output)
 
     def _usable_processor(self, processor: MistralSpladeProcessor | None) -> MistralSpladeProcessor:
         if processor is None:
             if self._processor is None:
-                self._processor = _stored_processor(self.config)
+                self._processor = stored_processor(MistralSpladeProcessor, self.config)
             processor = self._processor
         return self.check_processor(processor)
 
@@ -339,14 +327,6 @@ class MistralSpladeForRetrieval(MistralSpladeHeadModel):
             logger.warning_once(
                 f"the input has {length} tokens, more than the sliding window of {window}: the second copy of the text "
                 "no longer sees all of the first"
-            )
-
-    def _check_finite(self, embedding: torch.Tensor, texts: Sequence[str]) -> None:
-        broken = (~embedding.isfinite()).any(dim=1).nonzero().flatten().tolist()
-        if broken:
-            raise ValueError(
-                f"the model gives weights that are not finite, for example for {texts[broken[0]][:80]!r}: its own "
-                f"weights are damaged, or too large for {self.dtype}"
             )
 
     @staticmethod
@@ -424,22 +404,6 @@ def _encode(model, input_ids, attention_mask, position_ids, inputs_embeds, **kwa
         inputs_embeds=inputs_embeds,
         **{**kwargs, "use_cache": False},
     )
-
-
-def _stored_processor(config: MistralSpladeConfig) -> MistralSpladeProcessor:
-    source = config._name_or_path
-    if not source:
-        raise ValueError("this model was not loaded from a checkpoint: pass processor=MistralSpladeProcessor(...)")
-    # Where this module itself was loaded from a checkpoint, its user has agreed to run the checkpoint's code.
-    trusted = __name__.startswith("transformers_modules.")
-    revision = getattr(config, "_commit_hash", None)
-    try:
-        return MistralSpladeProcessor.from_pretrained(source, revision=revision, trust_remote_code=trusted)
-    except (OSError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"no processor could be loaded from {source}, where the model comes from; expected processor_config.json "
-            "and a tokenizer beside the weights, or the argument processor=MistralSpladeProcessor(...)"
-        ) from error
 
 
 def _active_entries(row: torch.Tensor, top_k: int | None) -> tuple[torch.Tensor, torch.Tensor]:

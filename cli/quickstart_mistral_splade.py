@@ -2,51 +2,39 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import shutil
-import subprocess
-import sys
-import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import typer
-from transformers import TrainerCallback
 from transformers.utils import logging
 
 from rarezoo.cli.docstring_corpus import DocstringPair, read_docstring_pairs
+from rarezoo.cli.quickstart_stations import (
+    QualityCurve,
+    claim_folder,
+    encode_without_rarezoo,
+    finish,
+    quantize_and_show,
+    rank_with_bm25,
+    read_losses,
+    shortened,
+    show,
+    title,
+    write_corpus,
+)
 
 DOCUMENTS = 4000
 FURTHER_PAIRS = 4000
 HELD_OUT_QUERIES = 800
 STEPS = 90
-FIGURES_FILE = "quickstart.json"
 QUESTIONS = (
     "read the rows of a csv file",
     "open a zip archive",
     "wait until a thread has finished",
 )
-
-# Runs in a process of its own that cannot import rarezoo, as on a machine where it is not installed.
-_LOAD_WITHOUT_RAREZOO = """
-import sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "rarezoo":
-            raise ImportError("rarezoo is not installed here")
-sys.meta_path.insert(0, Refuse())
-import json
-from transformers import AutoModel, AutoProcessor
-model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
-processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
-row = model.encode_queries([sys.argv[2]], processor)
-print(json.dumps({"class": type(model).__module__.split(".")[0] + "…" + type(model).__name__,
-                  "indices": row.indices.tolist(), "weights": row.data.tolist()}))
-"""
 
 
 def run(
@@ -69,7 +57,7 @@ def run(
     logging.set_verbosity_error()
     logging.disable_progress_bar()  # those of loading and saving, a moment each
     started = time.perf_counter()
-    _claim_folder(output)
+    claim_folder(output, ("model", "index", "embeddings", "quantized"))
     found = read_docstring_pairs(documents + further_pairs, seed)
     tour = _Tour(output, found[:documents], found[documents:], seed)
     tour.train(steps)
@@ -78,23 +66,8 @@ def run(
     tour.answer(QUESTIONS)
     tour.quantize()
     tour.draw()
-    tour.figures["seconds"] = round(time.perf_counter() - started)
-    (output / FIGURES_FILE).write_text(json.dumps(tour.figures, indent=2) + "\n", encoding="utf-8")
-    typer.echo(f"\nDone in {tour.figures['seconds']} s. Everything is in {output}; try\n")
-    program = "rarezoo" if shutil.which("rarezoo") else os.path.relpath(Path(sys.executable).parent / "rarezoo")
-    places = f"{output / 'index'} --model {output / 'model'} --corpus {output / 'corpus.jsonl'}"
-    typer.echo(f'    {program} search {places} "parse command line options"\n')
+    finish(output, tour.figures, started, '"parse command line options"')
     return tour.figures
-
-
-def _claim_folder(output: Path) -> None:
-    """Make the folder, without what an earlier tour left there; its file of figures tells that it is one."""
-    if output.exists() and not (output / FIGURES_FILE).exists() and (output.is_file() or any(output.iterdir())):
-        raise FileExistsError(f"{output} holds other files; choose a new folder for the quickstart")
-    output.mkdir(parents=True, exist_ok=True)
-    (output / FIGURES_FILE).write_text("{}\n", encoding="utf-8")
-    for name in ("model", "index", "embeddings", "quantized"):
-        shutil.rmtree(output / name, ignore_errors=True)
 
 
 class _Tour:
@@ -114,14 +87,14 @@ class _Tour:
         }
         self.history: list[dict[str, float]] = []
         self.curve: list[tuple[int, float]] = []
-        _title("1. Real text on this machine")
+        title("1. Real text on this machine")
         typer.echo(f"{len(pairs):,} documentation strings: the first sentence asks, the rest answers.")
         typer.echo(f"{held_out} first sentences are held out as queries over these documents.")
         typer.echo(
             f"The other {len(pairs) - held_out:,} pairs, and {len(further):,} further ones, are there to learn from."
         )
-        _show("query", self.pairs[0].query)
-        _show("answer", self.pairs[0].document)
+        show("query", self.pairs[0].query)
+        show("answer", self.pairs[0].document)
 
     @property
     def qrels(self) -> dict[str, dict[str, int]]:
@@ -133,17 +106,17 @@ class _Tour:
 
         from rarezoo.training import SparseTrainingRecipe, train
 
-        _title("2. Train a small Mistral-SPLADE on it")
+        title("2. Train a small Mistral-SPLADE on it")
         recipe = SparseTrainingRecipe.small_from_scratch(max_steps=steps, logging_steps=5, seed=self.seed)
         rows = [{"query": pair.query, "positive": pair.document} for pair in self.training]
         self.figures["nDCG@10"] = {"BM25": self.bm25()}
         logging.enable_progress_bar()
-        result = train(recipe, self.model_folder, rows=rows, callbacks=[_Curve(self, every=max(steps // 3, 1))])
+        curve = QualityCurve(self.evaluate, every=max(steps // 3, 1))
+        result = train(recipe, self.model_folder, rows=rows, callbacks=[curve])
         logging.disable_progress_bar()
         self.model = AutoModel.from_pretrained(self.model_folder)
         self.processor = AutoProcessor.from_pretrained(self.model_folder)
-        log = json.loads((self.model_folder / "training_log.json").read_text(encoding="utf-8"))
-        self.history = [entry for entry in log if "ranking_loss" in entry]
+        self.history, self.curve = read_losses(self.model_folder), curve.points
         weights = sum(weight.numel() for weight in self.model.parameters())
         quality = self.figures["nDCG@10"] | {"before": self.curve[0][1], "after": self.curve[-1][1]}
         self.figures["nDCG@10"] = quality
@@ -176,31 +149,18 @@ class _Tour:
         return run
 
     def bm25(self) -> float:
-        """nDCG@10 of bm25s with its default settings on the same queries and documents."""
-        import bm25s
-
+        """nDCG@10 of BM25 on the same queries and documents."""
         from rarezoo.retrieval import evaluate_run
 
-        index = bm25s.BM25()
-        index.index(bm25s.tokenize([pair.document for pair in self.pairs], show_progress=False), show_progress=False)
-        queries = bm25s.tokenize([pair.query for pair in self.held_out], show_progress=False)
-        found, scores = index.retrieve(queries, k=10, show_progress=False)
-        run = {
-            pair.name: {self.pairs[i].name: float(score) for i, score in zip(row, row_scores)}
-            for pair, row, row_scores in zip(self.held_out, found, scores)
-        }
+        documents = {pair.name: pair.document for pair in self.pairs}
+        run = rank_with_bm25(documents, {pair.name: pair.query for pair in self.held_out})
         return evaluate_run(run, self.qrels, ["nDCG@10"])["nDCG@10"]
 
     def load_without_rarezoo(self) -> None:
-        _title("3. Load it in a process that has never heard of rarezoo")
+        title("3. Load it in a process that has never heard of rarezoo")
         query = self.held_out[0].query
-        command = [sys.executable, "-c", _LOAD_WITHOUT_RAREZOO, str(self.model_folder.resolve()), query]
-        finished = subprocess.run(command, capture_output=True, text=True)
-        if finished.returncode:
-            raise RuntimeError(f"loading with trust_remote_code failed:\n{finished.stderr.strip()}")
-        there = json.loads(finished.stdout.strip().splitlines()[-1])
-        here = self.model.encode_queries([query], self.processor)
-        same = there["indices"] == here.indices.tolist() and there["weights"] == here.data.tolist()
+        (there,) = encode_without_rarezoo(self.model_folder, query)
+        same = there["vectors"] == self.model.encode_queries([query], self.processor).toarray().tolist()
         self.figures["same vector without rarezoo"] = same
         typer.echo(f"AutoModel.from_pretrained({str(self.model_folder)!r}, trust_remote_code=True)")
         typer.echo(f"{there['class']}: {'the same vector, bit for bit' if same else 'ANOTHER VECTOR'}")
@@ -208,10 +168,9 @@ class _Tour:
     def build_index(self) -> None:
         from rarezoo.retrieval import Document, build_index, encode_corpus
 
-        _title("4. Index the corpus")
+        title("4. Index the corpus")
         documents = [Document(pair.name, pair.document) for pair in self.pairs]
-        lines = [json.dumps({"_id": document.id, "text": document.text}) + "\n" for document in documents]
-        (self.output / "corpus.jsonl").write_text("".join(lines), encoding="utf-8")
+        write_corpus(self.output / "corpus.jsonl", {pair.name: pair.document for pair in self.pairs})
         start = time.perf_counter()
         embeddings = encode_corpus(self.model, self.processor, documents, self.output / "embeddings", batch_size=64)
         encoded = time.perf_counter()
@@ -227,7 +186,7 @@ class _Tour:
     def answer(self, questions: Sequence[str]) -> None:
         from rarezoo.cli.explain import printable
 
-        _title("5. Ask")
+        title("5. Ask")
         texts = {pair.name: pair.document for pair in self.pairs}
         for question in questions:
             row = self.model.encode_queries([question], self.processor)
@@ -241,27 +200,24 @@ class _Tour:
                     for term in terms[:8]
                 ]
                 typer.echo(f"          matched: {'  '.join(matched)}")
-                typer.echo(f"          {textwrap.shorten(texts[name], 100, placeholder=' …')}")
+                typer.echo(f"          {shortened(texts[name])}")
 
     def quantize(self) -> None:
-        from rarezoo.quantization import EvaluationSet, quantize
+        from rarezoo.quantization import EvaluationSet
 
-        _title("6. Quantize the layers, the rest in bfloat16")
+        title("6. Quantize the layers, the rest in bfloat16")
         queries, documents = self.held_out[:200], self.pairs[: len(self.held_out) * 2]
-        evaluation = EvaluationSet(
-            queries={pair.name: pair.query for pair in queries},
-            documents={pair.name: pair.document for pair in documents},
-            qrels={pair.name: self.qrels[pair.name] for pair in queries},
+        self.figures["quantized"] = quantize_and_show(
+            self.model_folder,
+            self.output / "quantized",
+            kept=("top-10 terms kept", "top_10_term_overlap"),
+            change=lambda _, report: report["retrieval"]["nDCG@10"]["change"],
+            evaluation=EvaluationSet(
+                queries={pair.name: pair.query for pair in queries},
+                documents={pair.name: pair.document for pair in documents},
+                qrels={pair.name: self.qrels[pair.name] for pair in queries},
+            ),
         )
-        self.figures["quantized"] = {}
-        typer.echo(
-            f"{'scheme':8} {'file':>9} {'of full':>8} {'cosine':>8} {'top-10 terms kept':>18} {'nDCG@10 change':>15}"
-        )
-        for scheme in ("nf4", "int8"):
-            folder = self.output / "quantized" / scheme
-            report = quantize(self.model_folder, folder, scheme, compute_dtype="bfloat16", evaluation=evaluation)
-            self.figures["quantized"][scheme] = report
-            typer.echo(_quantization_line(scheme, report))
 
     def draw(self) -> None:
         import matplotlib
@@ -288,37 +244,3 @@ class _Tour:
         figure.savefig(self.output / "training.png", dpi=120)
         pyplot.close(figure)
         typer.echo(f"\nLoss, active dimensions and nDCG@10 over training: {self.output / 'training.png'}")
-
-
-class _Curve(TrainerCallback):
-    """Measures nDCG@10 before training, every few steps, and at the end."""
-
-    def __init__(self, tour: _Tour, every: int):
-        self.tour = tour
-        self.every = every
-
-    def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
-        self._measure(state, model, processing_class)
-
-    def on_step_end(self, args, state, control, model=None, processing_class=None, **kwargs):
-        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
-            self._measure(state, model, processing_class)
-
-    def _measure(self, state, model, processor):
-        self.tour.curve.append((state.global_step, self.tour.evaluate(model, processor)))
-
-
-def _quantization_line(scheme: str, report: dict[str, Any]) -> str:
-    outputs, files = report["outputs"], report["file_bytes"]
-    return (
-        f"{scheme:8} {files['quantized'] / 1e6:6.1f} MB {files['ratio']:8.2f} {outputs['cosine_mean']:8.4f} "
-        f"{outputs['top_10_term_overlap']:18.1%} {report['retrieval']['nDCG@10']['change']:+15.4f}"
-    )
-
-
-def _title(text: str) -> None:
-    typer.secho(f"\n{text}", bold=True)
-
-
-def _show(label: str, text: str) -> None:
-    typer.echo(f"  {label + ':':8} {textwrap.shorten(text, 100, placeholder=' …')}")
