@@ -223,6 +223,8 @@ def test_files_of_texts_and_of_rows(tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"text": TEXTS[1]}) + "\n")
     recipe = small_recipe(training_data=[str(tmp_path / "a.txt"), str(tmp_path / "rows.jsonl")], max_steps=2)
     train(recipe, tmp_path / "files")
+    assert type(recipe).load(tmp_path / "files") == recipe
+    assert str(tmp_path) not in (tmp_path / "files" / "training_recipe.json").read_text(encoding="utf-8")
     train(small_recipe(max_steps=2), tmp_path / "given", rows=TEXTS)
     assert losses(tmp_path / "files") == losses(tmp_path / "given")
     with pytest.raises(FileNotFoundError, match="no training data at"):

@@ -87,10 +87,10 @@ class StoredRecipe:
         """Store the recipe in a checkpoint folder, so that the checkpoint may be published: of absolute paths only the
         last names stand in the recipe, and the paths in a file of their own, with which `load` puts them together."""
         folder, settings = Path(folder), self.to_dict()
-        paths = {name: str(settings[name]) for name in _PATHS if os.path.isabs(settings.get(name) or "")}
-        names: dict[str, Any] = {name: Path(path).name for name, path in paths.items()}
+        paths = {name: settings[name] for name in _PATHS if any(map(os.path.isabs, _listed(settings.get(name))))}
+        names: dict[str, Any] = {name: _last_names(value) for name, value in paths.items()}
         if paths:
-            write_whole(folder / PATHS_FILE, json.dumps(paths, indent=2, ensure_ascii=False) + "\n")
+            write_whole(folder / PATHS_FILE, json.dumps(paths, indent=2, ensure_ascii=False, default=str) + "\n")
         dataclasses.replace(cast(Any, self), **names).save(folder / RECIPE_FILE)
 
     @classmethod
@@ -445,6 +445,15 @@ _RECIPES: dict[str, type[StoredRecipe]] = {
 }
 
 
+def _listed(value: Any) -> list[Any]:
+    """The paths of a field that holds one, several or none."""
+    return list(value) if isinstance(value, (list, tuple)) else [value] if value else []
+
+
+def _last_names(value: Any) -> str | list[str]:
+    return [Path(path).name for path in value] if isinstance(value, (list, tuple)) else Path(value).name
+
+
 def _recipe_file(path: str | Path) -> Path:
     path = Path(path)
     path = path / RECIPE_FILE if path.is_dir() else path
@@ -458,7 +467,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
     paths = path.with_name(PATHS_FILE)
     if path.name == RECIPE_FILE and paths.is_file():
         known = _read_object(paths).items()
-        settings |= {name: value for name, value in known if Path(value).name == settings.get(name)}
+        settings |= {name: value for name, value in known if _last_names(value) == settings.get(name)}
     return settings
 
 
