@@ -31,7 +31,7 @@ from .equal_scores import CUTTING_WARPERS, BreakTies, InSeededOrder
 from .linear_cross_entropy import linear_cross_entropy
 from .symbol_history import NO_SYMBOL, check_cache, first_positions, history_layer, new_symbols
 from .symbol_rows import random_rows
-from .symbol_tables import StoredTable, Table, make_table, orthonormal_rows
+from .symbol_tables import RandomTable, StoredTable, Table, make_table, orthonormal_rows
 
 
 @dataclass
@@ -114,6 +114,7 @@ def resolve_symbols(
     permutations: Tensor | None = None,
     lex_seeds: Tensor | None = None,
     num_tables: int = 1,
+    symbol_table: Table | None = None,
 ) -> Symbols:
     """Rows of the new tokens, and what read-out needs of them and of those before.
 
@@ -121,16 +122,16 @@ def resolve_symbols(
         input_ids: (batch, length), the new tokens.
         attention_mask: (batch, cached + length).
         embedding_table, permutations, lex_seeds, num_tables: as in `LexinvariantForCausalLM.forward`.
+        symbol_table: what `resolve_table` made of them, where that is known.
     """
     config = embedding.config
     check_symbols(input_ids, attention_mask, config.vocab_size)
     batch, length = input_ids.shape
     canonical = config.table == "canonical" and embedding_table is None
     by_occurrence = config.table == "orthonormal" and embedding_table is None and config.vocab_size > config.hidden_size
-    drawn = _gaussian(config) if by_occurrence else config
-    table = resolve_table(
-        embedding, drawn, batch, input_ids.device, embedding_table, permutations, lex_seeds, num_tables
-    )
+    table = symbol_table
+    if table is None:
+        table = resolve_table(embedding, batch, input_ids.device, embedding_table, permutations, lex_seeds, num_tables)
     repeated = input_ids.repeat_interleave(num_tables, dim=0)
     if not config.is_collapsed:
         assert table is not None
@@ -163,8 +164,9 @@ def resolve_symbols(
         prefix_rows = functional.embedding(ranks[:, : prefix.shape[1]], all_rows)
     else:
         assert table is not None
-        rows = table.rows(repeated)
-        prefix_rows = table.rows(prefix.repeat_interleave(num_tables, dim=0))
+        exempt = prefix.shape[1]
+        rows = table.rows(torch.cat([prefix.repeat_interleave(num_tables, dim=0), repeated], dim=1))
+        prefix_rows, rows = rows[:, :exempt], rows[:, exempt:]
     past_rows = None if past is None else layer.history["rows"].flatten(0, 1)
     if by_occurrence:
         rows = _orthogonalized(rows, past_rows, met, first, prefix.shape[1])
@@ -176,7 +178,6 @@ def resolve_symbols(
 
 def resolve_table(
     embedding: SymbolEmbedding,
-    config: LexinvariantConfig,
     batch: int,
     device: torch.device,
     embedding_table: Tensor | None = None,
@@ -184,11 +185,15 @@ def resolve_table(
     lex_seeds: Tensor | None = None,
     num_tables: int = 1,
 ) -> Table | None:
-    """Rows of all symbols for a batch, as drawn; None of a canonical table, whose rows follow from what occurs.
+    """Rows of all symbols for a batch, as drawn: those of an orthonormal table of more symbols than dimensions are made
+    orthogonal as they occur. None of a canonical table, whose rows follow from what occurs.
 
     Args:
         embedding_table, permutations, lex_seeds, num_tables: as in `LexinvariantForCausalLM.forward`.
     """
+    config = embedding.config
+    if config.table == "orthonormal" and config.vocab_size > config.hidden_size:
+        config = _gaussian(config)
     seeds = symbol_seeds(config, batch, lex_seeds, device, embedding.training)
     if num_tables < 1:
         raise ValueError(f"num_tables must be at least 1; found {num_tables}")
@@ -383,16 +388,11 @@ class LexinvariantAttention(nn.Module):
         share = torch.sigmoid(self.key_smear)[:, None, None].to(key.dtype)
         return share * key + (1 - share) * before
 
-    def position_bias(self, length: int, total: int) -> Tensor:
-        """(heads, length, total) for the last `length` of `total` positions."""
+    def position_bias(self, buckets: Tensor, total: int) -> Tensor:
+        """(heads, length, total) for the last `length` of `total` positions; buckets (length + total - 1,) of distances
+        that fall from total - 1."""
         assert self.relative_attention_bias is not None
-        config, weight = self.config, self.relative_attention_bias.weight
-        distances = torch.arange(total - 1, -length, -1, device=weight.device).clamp(min=0)
-        buckets = distance_buckets(
-            distances, config.relative_attention_num_buckets, config.relative_attention_max_distance
-        )
-        by_distance = functional.embedding(buckets, weight).T  # (heads, total + length - 1), distances falling
-        return by_distance.unfold(1, total, 1).flip(1)
+        return self.relative_attention_bias(buckets).T.unfold(1, total, 1).flip(1)
 
 
 def distance_buckets(distances: Tensor, buckets: int, max_distance: int) -> Tensor:
@@ -602,10 +602,16 @@ class LexinvariantModel(LexinvariantPreTrainedModel):
             num_tables = symbols.num_tables
             inputs_embeds = self.embed_tokens(input_ids, rows=symbols.rows).to(self.norm.weight.dtype)
         attention = self._attention_inputs(inputs_embeds, attention_mask, past_key_values, num_tables)
+        length, total = attention.mask.shape[-2:]
+        buckets = distance_buckets(
+            torch.arange(total - 1, -length, -1, device=inputs_embeds.device).clamp(min=0),
+            self.config.relative_attention_num_buckets,
+            self.config.relative_attention_max_distance,
+        )
         hidden_states, bias = inputs_embeds, None
         for layer in self.layers:
             if layer.self_attn.relative_attention_bias is not None:
-                bias = layer.self_attn.position_bias(*attention.mask.shape[-2:])
+                bias = layer.self_attn.position_bias(buckets, total)
             # By position: gradients of other tensors are lost by checkpointing of the reentrant kind.
             hidden_states = layer(hidden_states, bias, attention, past_key_values=past_key_values, **kwargs)
         return BaseModelOutputWithPast(
@@ -654,7 +660,14 @@ class LexinvariantForCausalLM(LexinvariantPreTrainedModel, GenerationMixin):
         table = kwargs.get("embedding_table")
         shared = {"embedding_table": kwargs.pop("embedding_table")} if table is not None and table.dim() == 2 else {}
         input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
-        return input_ids, {**kwargs, **shared}
+        kwargs |= shared
+        if input_ids is not None:
+            # Made once: permutations and shared rows would take longer than a token.
+            names = ("embedding_table", "permutations", "lex_seeds")
+            given = {name: kwargs.get(name) for name in names} | {"num_tables": kwargs.get("num_tables", 1)}
+            table = resolve_table(self.model.embed_tokens, len(input_ids), input_ids.device, **given)
+            kwargs["symbol_table"] = table.stored() if isinstance(table, RandomTable) else table
+        return input_ids, kwargs
 
     def _get_logits_processor(self, generation_config, *args, model_kwargs=None, **kwargs):
         processors = super()._get_logits_processor(generation_config, *args, model_kwargs=model_kwargs, **kwargs)
@@ -686,6 +699,7 @@ class LexinvariantForCausalLM(LexinvariantPreTrainedModel, GenerationMixin):
         permutations: Tensor | None = None,
         lex_seeds: Tensor | None = None,
         num_tables: int = 1,
+        symbol_table: Table | None = None,
         skip_logits: bool | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
@@ -705,6 +719,7 @@ class LexinvariantForCausalLM(LexinvariantPreTrainedModel, GenerationMixin):
             lex_seeds: (batch,) int64, the identities of the sequences' tables. By default new ones while training,
                 `config.eval_seed` for all in evaluation.
             num_tables: number of tables over which probabilities are averaged (arXiv 2305.16349, formula 5).
+            symbol_table: what these four say, worked out before, as `generate` does for all tokens of a text.
             skip_logits: whether to compute the loss only; by default, while training with labels.
             kwargs: `num_items_in_batch`, by which the loss is divided instead of the number of pairs; `shift_labels`
                 (batch, length), instead of what `labels` say: labels that stand where they are predicted, as training
@@ -724,11 +739,13 @@ class LexinvariantForCausalLM(LexinvariantPreTrainedModel, GenerationMixin):
         tables = (embedding_table, permutations, lex_seeds, num_tables)
         embedding = self.model.embed_tokens
         if inputs_embeds is None:
-            symbols = resolve_symbols(embedding, input_ids, attention_mask, past_key_values, *tables)
+            symbols = resolve_symbols(
+                embedding, input_ids, attention_mask, past_key_values, *tables, symbol_table=symbol_table
+            )
         elif self.config.is_collapsed or num_tables > 1:
             raise ValueError("input_ids are needed: which symbols occurred, and in how many tables, decides the logits")
         else:
-            table = resolve_table(embedding, self.config, len(inputs_embeds), inputs_embeds.device, *tables)
+            table = resolve_table(embedding, len(inputs_embeds), inputs_embeds.device, *tables)
             symbols = Symbols(table, inputs_embeds)
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,

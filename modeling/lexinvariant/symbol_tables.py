@@ -68,6 +68,11 @@ class RandomTable:
         symbols = torch.arange(first, self.vocab_size if last is None else last, device=self.seeds.device)
         return self.rows(symbols.expand(len(self.seeds), -1))
 
+    def stored(self) -> StoredTable | RandomTable:
+        """The same rows, computed now if they are few, for a table that is asked many times."""
+        few = len(self.seeds) * self.vocab_size * self.hidden_size <= _CHUNK_NUMBERS
+        return StoredTable(self.all_rows()) if few else self
+
     def products(self, hidden: Tensor) -> Tensor:
         return _ProductsWithRandomRows.apply(hidden, self)
 
