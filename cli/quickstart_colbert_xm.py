@@ -21,6 +21,7 @@ from rarezoo.cli.quickstart_stations import (
     quantize_and_show,
     rank_with_bm25,
     read_losses,
+    search_command,
     shortened,
     show,
     title,
@@ -79,7 +80,7 @@ def run(
     tour.quantize()
     tour.draw()
     language, asked = tour.example
-    finish(output, tour.figures, started, f'"{asked}" --language {language}')
+    finish(output, tour.figures, started, search_command(output, f'"{asked}" --language {language}'))
     return tour.figures
 
 
@@ -380,16 +381,19 @@ class _Tour:
         after = self.figures["nDCG@10"]["after"]["mean"]
         changes = {}
 
-        def change(folder: Path, report: Mapping[str, Any]) -> float:
+        def change(folder: Path, report: Mapping[str, Any]) -> str:
             quality = self.evaluate(AutoModel.from_pretrained(folder), self.processor)["mean"]
             changes[folder.name] = quality - after
-            return changes[folder.name]
+            return f"{changes[folder.name]:+.4f}"
 
         reports = quantize_and_show(
             self.model_folder,
             self.output / "quantized",
-            kept=("score order kept", "score_rank_correlation"),
-            change=change,
+            columns={
+                "cosine": lambda _, report: f"{report['outputs']['cosine_mean']:.4f}",
+                "score order kept": lambda _, report: f"{report['outputs']['score_rank_correlation']:.1%}",
+                "nDCG@10 change": change,
+            },
             sample_texts=list(self.collection.documents.values())[:256],
         )
         self.figures["quantized"] = {

@@ -14,6 +14,7 @@ from rarezoo.cli.family_names import FamilyArgument
 _TOURS = {
     "mistral_splade": ("rarezoo.cli.quickstart_mistral_splade", "runs/quickstart"),
     "colbert_xm": ("rarezoo.cli.quickstart_colbert_xm", "runs/quickstart-colbert-xm"),
+    "lexinvariant": ("rarezoo.cli.quickstart_lexinvariant", "runs/quickstart-lexinvariant"),
 }
 
 
@@ -22,16 +23,17 @@ def quickstart(
     output: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for the checkpoint, the index and the picture. By default runs/quickstart, or "
-            "runs/quickstart-colbert-xm."
+            help="Folder for the checkpoint, the index and the picture. By default runs/quickstart, "
+            "runs/quickstart-colbert-xm, or runs/quickstart-lexinvariant."
         ),
     ] = None,
 ) -> None:
     """Watch a family at work on real text.
 
-    Trains a small model on the texts of this machine, saves it, loads it without the package, indexes, searches and
-    quantizes. mistral_splade reads documentation strings and explains its answers; colbert_xm reads translated messages
-    of programs, answers questions in several languages, and learns a further one. Nothing is downloaded.
+    Trains a small model on the texts of this machine, saves it, loads it without the package, uses it and quantizes it.
+    mistral_splade reads and finds documentation strings and explains its answers; colbert_xm reads translated messages
+    of programs, answers questions in several languages, and learns a further one; lexinvariant reads the text of
+    Python's library, the same enciphered, and looks up symbols that it has never seen. Nothing is downloaded.
     """
     if family not in _TOURS:
         raise ValueError(f"no quickstart for {family!r}; expected {', '.join(_TOURS)}")

@@ -20,6 +20,7 @@ from rarezoo.cli.quickstart_stations import (
     quantize_and_show,
     rank_with_bm25,
     read_losses,
+    search_command,
     shortened,
     show,
     title,
@@ -66,7 +67,7 @@ def run(
     tour.answer(QUESTIONS)
     tour.quantize()
     tour.draw()
-    finish(output, tour.figures, started, '"parse command line options"')
+    finish(output, tour.figures, started, search_command(output, '"parse command line options"'))
     return tour.figures
 
 
@@ -210,8 +211,11 @@ class _Tour:
         self.figures["quantized"] = quantize_and_show(
             self.model_folder,
             self.output / "quantized",
-            kept=("top-10 terms kept", "top_10_term_overlap"),
-            change=lambda _, report: report["retrieval"]["nDCG@10"]["change"],
+            columns={
+                "cosine": lambda _, report: f"{report['outputs']['cosine_mean']:.4f}",
+                "top-10 terms kept": lambda _, report: f"{report['outputs']['top_10_term_overlap']:.1%}",
+                "nDCG@10 change": lambda _, report: f"{report['retrieval']['nDCG@10']['change']:+.4f}",
+            },
             evaluation=EvaluationSet(
                 queries={pair.name: pair.query for pair in queries},
                 documents={pair.name: pair.document for pair in documents},

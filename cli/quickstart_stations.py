@@ -16,6 +16,8 @@ from typing import Any
 import typer
 from transformers import TrainerCallback
 
+from rarezoo.cli.output import megabytes
+
 FIGURES_FILE = "quickstart.json"
 
 # Runs in a process of its own that cannot import rarezoo, as on a machine where it is not installed.
@@ -27,6 +29,9 @@ class Refuse:
             raise ImportError("rarezoo is not installed here")
 sys.meta_path.insert(0, Refuse())
 import json
+"""
+
+_ENCODE = """
 from transformers import AutoModel, AutoProcessor
 folder, query, encoding, loadings = sys.argv[1], *map(json.loads, sys.argv[2:])
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
@@ -38,6 +43,19 @@ for loading in loadings:
                     "bytes": sum(weight.nbytes for weight in model.parameters()),
                     "vectors": (vectors.toarray() if hasattr(vectors, "toarray") else vectors).tolist()})
 print(json.dumps(answers))
+"""
+
+_PREDICT = """
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, text, arguments = sys.argv[1], *map(json.loads, sys.argv[2:])
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+arguments = {name: torch.tensor(value) for name, value in arguments.items()}
+with torch.no_grad():
+    logits = model(**tokenizer([text], return_tensors="pt"), **arguments).logits
+print(json.dumps({"class": type(model).__module__.split(".")[0] + "…" + type(model).__name__,
+                  "logits": logits[0].tolist()}))
 """
 
 
@@ -115,8 +133,30 @@ def encode_without_rarezoo(
     Raises:
         RuntimeError: it cannot be loaded there.
     """
-    arguments = [json.dumps(value) for value in (query, encoding or {}, list(loadings))]
-    command = [sys.executable, "-c", _WITHOUT_RAREZOO, str(model_folder.resolve()), *arguments]
+    return _run_without_rarezoo(_ENCODE, model_folder, query, encoding or {}, list(loadings))
+
+
+def predict_without_rarezoo(model_folder: Path, text: str, **arguments: list[int]) -> dict[str, Any]:
+    """The same for a language model and its tokenizer.
+
+    Args:
+        model_folder: the checkpoint.
+        text: what the model reads.
+        arguments: of the model, made tensors.
+
+    Returns:
+        The model's `class`, and its `logits` at every token of the text, as nested lists.
+
+    Raises:
+        RuntimeError: it cannot be loaded there.
+    """
+    return _run_without_rarezoo(_PREDICT, model_folder, text, arguments)
+
+
+def _run_without_rarezoo(program: str, model_folder: Path, *values: Any) -> Any:
+    """What a program prints as JSON, given the folder and the values as JSON, where rarezoo cannot be imported."""
+    arguments = [str(model_folder.resolve()), *map(json.dumps, values)]
+    command = [sys.executable, "-c", _WITHOUT_RAREZOO + program, *arguments]
     finished = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
     if finished.returncode:
         raise RuntimeError(f"loading with trust_remote_code failed:\n{finished.stderr.strip()}")
@@ -159,8 +199,7 @@ def read_losses(model_folder: Path) -> list[dict[str, float]]:
 def quantize_and_show(
     model_folder: Path,
     folder: Path,
-    kept: tuple[str, str],
-    change: Callable[[Path, Mapping[str, Any]], float],
+    columns: Mapping[str, Callable[[Path, Mapping[str, Any]], str]],
     **arguments: Any,
 ) -> dict[str, dict[str, Any]]:
     """Quantize in 4 and in 8 bits, with one line on each.
@@ -168,41 +207,48 @@ def quantize_and_show(
     Args:
         model_folder: the checkpoint.
         folder: gets one folder per scheme.
-        kept: what the outputs keep, between 0 and 1: its name, and its key in the report's `outputs`.
-        change: of nDCG@10, from the folder of the quantized checkpoint and its report.
+        columns: what the line tells besides the size: names, and functions of the folder of the quantized checkpoint
+            and of its report.
         arguments: of `quantize`.
 
     Returns:
         The report of each scheme.
     """
     from rarezoo.quantization import quantize
+    from rarezoo.quantization.fidelity import weight_file_bytes
+    from rarezoo.quantization.quantize import quiet_casts
 
-    name, key = kept
-    typer.echo(f"{'scheme':8} {'file':>9} {'of full':>8} {'cosine':>8} {name:>18} {'nDCG@10 change':>15}")
+    widths = {name: max(8, len(name) + 1) for name in columns}
+    header = "".join(f" {name:>{width}}" for name, width in widths.items())
+    typer.echo(f"{'scheme':8} {'file':>9} {'of full':>8}{header}")
     reports = {}
     for scheme in ("nf4", "int8"):
         report = quantize(model_folder, folder / scheme, scheme, compute_dtype="bfloat16", **arguments)
-        outputs, files = report["outputs"], report["file_bytes"]
-        typer.echo(
-            f"{scheme:8} {files['quantized'] / 1e6:6.1f} MB {files['ratio']:8.2f} {outputs['cosine_mean']:8.4f} "
-            f"{outputs[key]:18.1%} {change(folder / scheme, report):+15.4f}"
-        )
+        size = weight_file_bytes(folder / scheme)
+        ratio = size / weight_file_bytes(model_folder)
+        with quiet_casts():
+            cells = "".join(f" {tell(folder / scheme, report):>{widths[name]}}" for name, tell in columns.items())
+        typer.echo(f"{scheme:8} {megabytes(size):>9} {ratio:8.2f}{cells}")
         reports[scheme] = report
     return reports
 
 
-def finish(output: Path, figures: dict[str, Any], started: float, example: str) -> None:
+def search_command(output: Path, question: str) -> str:
+    """How to ask the tour's `index`, of `model` and `corpus.jsonl`, from the command line."""
+    return f"search {output / 'index'} --model {output / 'model'} --corpus {output / 'corpus.jsonl'} {question}"
+
+
+def finish(output: Path, figures: dict[str, Any], started: float, command: str) -> None:
     """Write the figures and say how to go on.
 
     Args:
-        output: the tour's folder, with `model`, `index` and `corpus.jsonl`.
+        output: the tour's folder.
         figures: gets the `seconds` since `started`, by `time.perf_counter()`.
-        example: the end of a `rarezoo search` command.
+        command: of `rarezoo`, to try.
     """
     figures["seconds"] = round(time.perf_counter() - started)
     text = json.dumps(figures, indent=2, ensure_ascii=False) + "\n"
     (output / FIGURES_FILE).write_text(text, encoding="utf-8")
     typer.echo(f"\nDone in {figures['seconds']} s. Everything is in {output}; try\n")
     program = "rarezoo" if shutil.which("rarezoo") else os.path.relpath(Path(sys.executable).parent / "rarezoo")
-    places = f"{output / 'index'} --model {output / 'model'} --corpus {output / 'corpus.jsonl'}"
-    typer.echo(f"    {program} search {places} {example}\n")
+    typer.echo(f"    {program} {command}\n")

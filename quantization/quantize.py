@@ -89,7 +89,7 @@ def quantize(
         report.update(_write_quantized(source, folder, chosen, dtype, family, config))
         if fidelity:
             folders = {"full_precision": source, "quantized": folder}
-            with _quiet_casts():
+            with quiet_casts():
                 report.update(measure_fidelity(folders, list(sample_texts or []), evaluation))
         (folder / REPORT_JSON).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         (folder / REPORT_MARKDOWN).write_text(render_markdown(report), encoding="utf-8")
@@ -237,7 +237,7 @@ def _versions(library: str) -> dict[str, str]:
 
 
 @contextmanager
-def _quiet_casts() -> Iterator[None]:
+def quiet_casts() -> Iterator[None]:
     """bitsandbytes warns at every int8 layer that activations are cast to float16, which is how it works."""
     logger = logging.getLogger("bitsandbytes.autograd._functions")
     level = logger.level
