@@ -25,8 +25,8 @@ from rarezoo.cli.quickstart_stations import (
     title,
 )
 
-STEPS = 800
-LOOKUP_STEPS = 600
+STEPS = 900
+LOOKUP_STEPS = 850
 WINDOWS = 200
 PROMPTS = 1000
 LENGTH = 128  # symbols that a window has to predict
@@ -38,6 +38,7 @@ _MOVING_WINDOW = 16
 _TABLES = 8
 _IDS, _MANY_IDS, _PAIRS = 64, 1_000_000, 8
 _RELABELINGS = 100
+_LEARNING_RATE = 5e-3
 
 
 def run(
@@ -166,8 +167,10 @@ class _Tour:
             folder,
             training_data=str((self.output / "training.jsonl").resolve()),
             tokenizer=str((self.output / "tokenizer").resolve()),
-            config={"table": table, "unseen_logits": "sampled"},
+            table=table,
+            config={"unseen_logits": "sampled"},
             sequence_length=LENGTH + 1,
+            learning_rate=_LEARNING_RATE,
             max_steps=steps,
         )
 
@@ -196,14 +199,13 @@ class _Tour:
 
     def encipher(self) -> None:
         """A substitution cipher of its own for every window."""
-        from transformers import AutoModelForCausalLM
-
         from rarezoo.lexinvariant import position_curve
 
         title("3. Read the same text enciphered, every piece by another random substitution")
         enciphered = self.keys.gather(1, self.windows)
         models = {"lexinvariant": self.model, "standard twin": self.standard}
-        self.enciphered_curves, figures = {}, {}
+        self.enciphered_curves: dict[str, Any] = {}
+        figures: dict[str, Any] = {}
         typer.echo(f"{'perplexity':16} {'plain':>8} {'enciphered':>11}   difference of the loss")
         for name, model in models.items():
             plain, cipher = (_token_losses(model, ids) for ids in (self.windows, enciphered))
@@ -221,28 +223,31 @@ class _Tour:
                 f"{values['standard error']:.4f} nats"
             )
         typer.echo("The lexinvariant model's tables are random: what a cipher changes is chance, like another seed.")
-        named = _token_losses(self.model, enciphered, permutations=self.keys.argsort(1))
-        figures["largest difference with renamed rows"] = (
-            (named - _token_losses(self.model, self.windows)).abs().max().item()
-        )
+        self.figures["enciphered"] = figures | self._where_it_is_exact(models, enciphered)
+
+    def _where_it_is_exact(self, models: Mapping[str, Any], enciphered: Tensor) -> dict[str, Any]:
+        """Where the rows are renamed too, and where they follow from what occurs."""
+        from transformers import AutoModelForCausalLM
+
+        plain = _token_losses(self.model, self.windows)
+        renamed = _token_losses(self.model, enciphered, permutations=self.keys.argsort(1))
+        difference = (renamed - plain).abs().max().item()
         typer.echo(
             "With the same rows under the new names (permutations=…), no symbol's loss differs by more than "
-            f"{figures['largest difference with renamed rows']:.0e}."
+            f"{difference:.0e}."
         )
         canonical = AutoModelForCausalLM.from_pretrained(self.model_folder, table="canonical").eval()
-        losses = [_token_losses(canonical, ids) for ids in (self.windows, enciphered)]
-        figures["canonical table"] = {
-            "same losses": torch.equal(*losses),
-            "plain": losses[0].mean().exp().item(),
-            "enciphered": losses[1].mean().exp().item(),
-        }
+        plain, other = (_token_losses(canonical, ids) for ids in (self.windows, enciphered))
+        same, perplexity = torch.equal(plain, other), plain.mean().exp().item()
         typer.echo(
-            "The same checkpoint with table='canonical': "
-            f"{'the same losses, bit for bit' if figures['canonical table']['same losses'] else 'OTHER LOSSES'}; "
-            f"perplexity {figures['canonical table']['plain']:.2f}, as it was not trained for these rows."
+            "The same checkpoint with table='canonical', for whose rows it was not trained: "
+            f"{'the same losses, bit for bit' if same else 'OTHER LOSSES'}; perplexity {perplexity:.2f}."
         )
-        figures["alpha-covariance"] = self._alpha_covariances({**models, "canonical table": canonical})
-        self.figures["enciphered"] = figures
+        return {
+            "largest difference with renamed rows": difference,
+            "canonical table": {"same losses": same, "perplexity": perplexity},
+            "alpha-covariance": self._alpha_covariances({**models, "canonical table": canonical}),
+        }
 
     def _alpha_covariances(self, models: Mapping[str, Any]) -> dict[str, float]:
         from rarezoo.lexinvariant import alpha_covariance
@@ -269,7 +274,7 @@ class _Tour:
             task="lookup",
             config={"vocab_size": _IDS, "table": "gaussian", "unseen_logits": "sampled"},
             batch_size=64,
-            learning_rate=5e-3,
+            learning_rate=_LEARNING_RATE,
             max_steps=steps,
         )
         wide = AutoModelForCausalLM.from_pretrained(folder, vocab_size=_MANY_IDS, unseen_logits="collapsed").eval()
@@ -364,7 +369,9 @@ class _Tour:
             axis.axhline(len(LETTERS), color="grey", linestyle="--", label="guessing")
             axis.set_title(name)
             axis.set_xlabel("symbols read before")
-            axis.set_yscale("log")
+            axis.set_yscale("log", subs=(2, 5))
+            for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+                ticks("{x:.0f}")
             axis.legend()
         axes[0].set_ylabel(f"perplexity of the next {_MOVING_WINDOW}")
         figure.savefig(self.output / PICTURE, dpi=120)

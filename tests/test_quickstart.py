@@ -8,15 +8,16 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from transformers import AutoModel, AutoProcessor
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 from transformers.utils import logging
 
-from rarezoo.cli import quickstart_colbert_xm, quickstart_mistral_splade
+from rarezoo.cli import quickstart_colbert_xm, quickstart_lexinvariant, quickstart_mistral_splade
 from rarezoo.cli.docstring_corpus import _split, read_docstring_pairs
 from rarezoo.cli.message_catalogues import Message, read_messages, standard_folders
 from rarezoo.cli.multilingual_collection import collect_documentation, collect_messages
 from rarezoo.retrieval import MultiVectorIndex, SparseIndex
-from rarezoo.training import LateInteractionRecipe, SparseTrainingRecipe
+from rarezoo.training import LanguageModelRecipe, LateInteractionRecipe, SparseTrainingRecipe
 
 
 @pytest.fixture(autouse=True)
@@ -224,7 +225,7 @@ def test_documentation_asks_in_english_alone():
     assert len(learned) == 270 and not learned & set(collection.questions["en_XX"].values())
 
 
-@pytest.mark.parametrize("tour", [quickstart_mistral_splade, quickstart_colbert_xm])
+@pytest.mark.parametrize("tour", [quickstart_mistral_splade, quickstart_colbert_xm, quickstart_lexinvariant])
 def test_other_peoples_folders_are_left_alone(tmp_path, tour):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "precious").touch()
@@ -314,6 +315,57 @@ def test_without_catalogues_the_tour_is_of_documentation(tmp_path, capsys):
     assert "added language" not in figures and "detected" not in figures
 
 
+def test_the_library_as_letters():
+    training, held_out = quickstart_lexinvariant.read_library_texts(25)
+    assert (len(training), len(held_out)) == (23, 2)
+    paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    assert held_out[1] == paths[19].read_text(encoding="utf-8")
+    tokenizer = quickstart_lexinvariant.letter_tokenizer()
+    ids = tokenizer("Ab-9 z!\n", return_tensors="pt").input_ids
+    assert ids.tolist() == [[1, 2, 0, 26, 0]] and len(tokenizer) == 27
+    assert tokenizer.decode(ids[0]) == "ab z "
+
+
+def test_a_small_tour_of_lexinvariant(tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "left.over").touch()
+    (tmp_path / "quickstart.json").touch()  # as an earlier tour leaves it
+    figures = quickstart_lexinvariant.run(tmp_path, steps=3, lookup_steps=2, windows=6, prompts=16, files=20)
+    printed = capsys.readouterr().out
+    assert json.loads((tmp_path / "quickstart.json").read_text()) == json.loads(json.dumps(figures))
+    assert figures["windows"] == 6 and figures["training"]["model"]["steps"] == 3
+    assert all(10 < value < 40 for values in figures["perplexity"].values() for value in values.values())
+    enciphered = figures["enciphered"]
+    assert enciphered["largest difference with renamed rows"] < 1e-4
+    assert enciphered["canonical table"]["same losses"] is True
+    assert enciphered["alpha-covariance"]["canonical table"] == 1.0
+    assert enciphered["alpha-covariance"]["standard twin"] < 0.1
+    assert figures["largest difference without rarezoo"] < 1e-5
+    assert set(figures["quantized"]) == {"nf4", "int8"}
+    assert all(10 < report["perplexity"] < 40 for report in figures["quantized"].values())
+    assert all(len(text) == 48 for text in figures["written"].values())
+    assert (tmp_path / "perplexity.png").read_bytes().startswith(b"\x89PNG")
+    assert "MatMul8bitLt" not in printed and "OTHER" not in printed
+
+    assert not (tmp_path / "model" / "left.over").exists()
+    model, tokenizer = (auto.from_pretrained(tmp_path / "model") for auto in (AutoModelForCausalLM, AutoTokenizer))
+    standard = AutoModelForCausalLM.from_pretrained(tmp_path / "standard")
+    assert (model.config.table, standard.config.table) == ("orthonormal", "learned")
+    assert len(tokenizer) == model.config.vocab_size == 27
+    # What the tour calls the perplexity of the standard twin, by transformers' own loss.
+    _, held_out = quickstart_lexinvariant.read_library_texts(20)
+    ids = torch.tensor([symbol for text in held_out for symbol in tokenizer(text).input_ids])
+    starts = torch.randint(len(ids) - 128, (6, 1), generator=torch.Generator().manual_seed(1))
+    windows = ids[starts + torch.arange(129)]
+    with torch.no_grad():
+        loss = standard(windows, labels=windows).loss
+    assert figures["perplexity"]["standard twin"]["all"] == pytest.approx(loss.exp().item(), rel=1e-4)
+    # Its last line is a command that trains for longer on the same text.
+    assert f"train {tmp_path / 'model'} {tmp_path / 'longer'} --set max_steps=15" in printed
+    recipe = LanguageModelRecipe.load(tmp_path / "model")
+    assert Path(recipe.training_data).is_file() and Path(recipe.tokenizer).is_dir()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_whole_tour_of_mistral_splade_learns(tmp_path):
@@ -340,3 +392,21 @@ def test_the_whole_tour_of_colbert_xm_learns(tmp_path):
     assert figures["index"]["2-bit"]["recall@10 of exact search"] > 0.7
     for report in figures["quantized"].values():
         assert report["outputs"]["cosine_mean"] > 0.99 and abs(report["nDCG@10 change"]) < 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_whole_tour_of_lexinvariant_learns(tmp_path):
+    figures = quickstart_lexinvariant.run(tmp_path)
+    one, mean, standard = figures["perplexity"].values()
+    assert one["64-128"] < one["32-64"] < one["16-32"] < one["8-16"] < one["0-8"], one
+    assert one["64-128"] < 15 and mean["all"] < one["all"], (one, mean)
+    assert standard["all"] < 7, standard
+    enciphered = figures["enciphered"]
+    assert abs(enciphered["lexinvariant"]["loss difference"]) < 4 * enciphered["lexinvariant"]["standard error"]
+    assert enciphered["standard twin"]["enciphered"] > 27, "worse than guessing"
+    answers = figures["lookup"]["right answers"]
+    assert answers["ids of the training"] >= 0.99, answers
+    assert answers["ids never seen"] >= answers["ids of the training"] - 0.01, answers
+    for report in figures["quantized"].values():
+        assert abs(report["perplexity"] / one["all"] - 1) < 0.05
