@@ -112,7 +112,7 @@ class MultiVectorIndex(SegmentedIndex[MultiVectorSegment, MultiVectorEmbeddings]
 
         Raises:
             FileExistsError: `folder` is not empty.
-            ValueError: an identifier comes twice.
+            ValueError: an identifier comes twice, or the numbers of identifiers, lengths and rows do not agree.
             CannotWriteError: full disk or read-only folder.
         """
         folder, seen = Path(folder), SeenIds()
@@ -124,6 +124,12 @@ class MultiVectorIndex(SegmentedIndex[MultiVectorSegment, MultiVectorEmbeddings]
                 payload: dict[str, np.ndarray] = {
                     name: stored[name].astype(dtype, copy=False) for name, (dtype, _) in types.items()
                 }
+                rows = {name: len(stored_rows) for name, stored_rows in payload.items()}
+                if len(ids) != len(lengths) or set(rows.values()) != {int(lengths.sum())}:
+                    raise ValueError(
+                        f"expected one length per identifier and one row per vector; found {len(ids)} identifiers, "
+                        f"{len(lengths)} lengths that add up to {int(lengths.sum())}, and rows {rows}"
+                    )
                 yield EncodedDocuments(ids, seen.add(ids), lengths.astype(np.int64), payload)
 
         with storage.folder_written_beside(folder) as partial:
