@@ -357,6 +357,20 @@ def test_rerank_of_few_and_of_empty_documents(generator, passes):
     assert rerank(query, documents[1:2]).scores.tolist() == [-np.inf]
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+def test_masks_of_zeros_and_ones(generator, dtype):
+    """As in a model's output."""
+    (queries, query_mask), (documents, document_mask) = (
+        padded([unit_vectors(generator, length) for length in lengths]) for lengths in ((4, 2), (3, 6, 1))
+    )
+    masks = {"query_mask": query_mask, "document_mask": document_mask}
+    counts = {name: mask.to(dtype) for name, mask in masks.items()}
+    assert torch.equal(max_sim(queries, documents, **counts), max_sim(queries, documents, **masks))
+    candidates, of_pairs = documents[None].expand(2, -1, -1, -1), document_mask[None].expand(2, -1, -1)
+    found = max_sim_pairs(queries, candidates, query_mask=query_mask.to(dtype), document_mask=of_pairs.to(dtype))
+    torch.testing.assert_close(found, max_sim(queries, documents, **masks))
+
+
 def test_rerank_takes_a_masked_query_of_a_batch(generator):
     query, documents = unit_vectors(generator, 4), ragged(generator, [3, 8, 5])
     rows, mask = padded([query, unit_vectors(generator, 6)])
@@ -391,6 +405,8 @@ Q, D = torch.ones(1, 2, 4), torch.ones(3, 5, 4)
         (ValueError, "do not go with a list", lambda: max_sim(Q, list(D), document_lengths=[5] * 3)),
         (ValueError, r"has shape \(3, 4\), expected \(3, 5\)", lambda: max_sim(Q, D, document_mask=D[:, :4, 0] > 0)),
         (TypeError, "must be boolean", lambda: max_sim(Q, D, document_mask=D[..., 0])),
+        (ValueError, "must hold 0 and 1 only, .* not 2", lambda: max_sim(Q, D, document_mask=torch.full((3, 5), 2))),
+        (ValueError, "must hold 0 and 1 only, .* not -1", lambda: rerank(Q, D, query_mask=np.full((1, 2), -1))),
         (ValueError, "query 0 has no vectors", lambda: max_sim(Q, D, query_mask=Q[..., 0] < 0)),
         (ValueError, "query 0 has no vectors", lambda: max_sim_pairs(Q, D[None], query_mask=Q[..., 0] < 0)),
         (ValueError, "one of cosine, l2, not 'dot'", lambda: max_sim(Q, D, similarity="dot")),

@@ -103,8 +103,8 @@ def max_sim(
 
     queries, documents: torch tensors or numpy arrays of floating-point vectors, in one of these forms:
         a list of `(n_i, dim)`;
-        `(n, length, dim)`, padded, with a boolean mask `(n, length)`, True for the vectors that count, or with lengths
-        `(n,)`; without either all vectors count;
+        `(n, length, dim)`, padded, with a mask `(n, length)`, True (or the integer 1, as in a model's output) for the
+        vectors that count, or with lengths `(n,)`; without either all vectors count;
         `(total, dim)`, packed, with lengths `(n,)`; without lengths it is one query or one document.
         `documents` may also be `PackedDocuments`.
     similarity: "cosine", the dot product (the model normalises its vectors), or "l2", the negated squared distance.
@@ -544,11 +544,20 @@ def _checked_lengths(lengths, name: str) -> list[int]:
 
 def _checked_mask(mask, shape: torch.Size, name: str) -> Tensor:
     mask = torch.as_tensor(mask)
-    if mask.dtype != torch.bool:
-        raise TypeError(f"{name}_mask must be boolean, True for the vectors that count, not {mask.dtype}")
+    if mask.is_floating_point() or mask.is_complex():
+        raise TypeError(
+            f"{name}_mask must be boolean, or of the integers 0 and 1: True or 1 for the vectors that count, not "
+            f"{mask.dtype}"
+        )
     if mask.shape != shape:
         raise ValueError(f"{name}_mask has shape {tuple(mask.shape)}, expected {tuple(shape)}")
-    return mask
+    chosen = mask != 0
+    if mask.dtype != torch.bool and not torch.equal(chosen.to(mask.dtype), mask):
+        found = mask[chosen & (mask != 1)][0].item()
+        raise ValueError(
+            f"{name}_mask of {mask.dtype} must hold 0 and 1 only, 1 for the vectors that count, not {found}"
+        )
+    return chosen
 
 
 def _check_pair(queries: list[Tensor], documents: list[Tensor]) -> None:
