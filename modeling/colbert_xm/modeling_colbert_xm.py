@@ -18,7 +18,7 @@ from transformers.models.xmod.modeling_xmod import XmodAdapter, XmodOutput, Xmod
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
 
-from .colbert_metadata import PROJECTION, write_metadata
+from .colbert_metadata import PROJECTION, find_dense_module, write_metadata
 from .configuration_colbert_xm import ColBERTXMConfig
 from .language_codes import check_new_code
 from .max_sim import Ranking, max_sim, rerank
@@ -307,8 +307,19 @@ class ColBERTXMForRetrieval(ColBERTXMPreTrainedModel):
         )
 
     def tie_weights(self, missing_keys=None, recompute_mapping=True):
-        """As in transformers, with a word on a checkpoint without a projection: nothing is tied to it."""
+        """As in transformers, with a word on a checkpoint without a projection: nothing is tied to it.
+
+        Raises:
+            ValueError: there is one, in PyLate's or sentence-transformers' layout.
+        """
         if missing_keys and PROJECTION in missing_keys:
+            source = self.config._name_or_path
+            dense = find_dense_module(source, revision=getattr(self.config, "_commit_hash", None))
+            if dense is not None:
+                raise ValueError(
+                    f"{source} has its projection in {dense}/, where PyLate and sentence-transformers keep it; convert "
+                    f"it first: rarezoo convert colbert_xm {source} DESTINATION"
+                )
             logger.warning(
                 f"The checkpoint has no {PROJECTION}: the projection is random, and until it is trained the vectors "
                 "mean nothing. If the checkpoint is a backbone alone, open it with ColBERTXMModel."
