@@ -146,13 +146,13 @@ def test_many_queries_in_blocks_of_bounded_size(generator, monkeypatch):
     queries, documents = ragged(generator, [32] * 300), ragged(generator, generator.integers(1, 60, 150))
     expected = brute_force(queries[::50], documents)
     sizes = []
-    original = module._best_similarities
+    original = module._similarities
 
     def recorded(query_rows, block, similarity):
         sizes.append(len(query_rows) * block.shape[0] * block.shape[1])
         return original(query_rows, block, similarity)
 
-    monkeypatch.setattr(module, "_best_similarities", recorded)
+    monkeypatch.setattr(module, "_similarities", recorded)
     np.testing.assert_allclose(max_sim(queries, documents)[::50].numpy(), expected, atol=1e-5)
     assert max(sizes) <= 2**18 < sum(sizes) / 50
 
@@ -410,7 +410,8 @@ Q, D = torch.ones(1, 2, 4), torch.ones(3, 5, 4)
         (ValueError, "query 0 has no vectors", lambda: max_sim(Q, D, query_mask=Q[..., 0] < 0)),
         (ValueError, "query 0 has no vectors", lambda: max_sim_pairs(Q, D[None], query_mask=Q[..., 0] < 0)),
         (ValueError, "one of cosine, l2, not 'dot'", lambda: max_sim(Q, D, similarity="dot")),
-        (ValueError, "query 0 and document 0 is NaN", lambda: max_sim(Q, D * torch.nan)),
+        (ValueError, "document 0 holds NaN", lambda: max_sim(Q, D * torch.nan)),
+        (ValueError, "query 0 holds NaN", lambda: max_sim(Q * torch.nan, D)),
         (ValueError, "document 0 holds NaN", lambda: rerank(Q, D * torch.nan)),
         (ValueError, "document 0 holds NaN", lambda: PackedDocuments(D * torch.inf)),
         (ValueError, "query 0 holds NaN", lambda: rerank(Q * torch.nan, D)),
@@ -431,3 +432,43 @@ def test_nan_in_one_of_many_documents_is_found(generator, passes):
     for given in (max_sim, rerank):
         with pytest.raises(ValueError, match="document 41"):
             given(unit_vectors(generator, 4), documents)
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "l2"])
+@pytest.mark.parametrize("damage", [torch.nan, torch.inf, -torch.inf])
+def test_vectors_that_are_not_finite_are_refused_however_many_there_are(generator, passes, damage, similarity):
+    """Also where a maximum would pass them over, and where a query meets the damaged component with 0."""
+    query = torch.rand(3, DIM)
+    for zeroed, count, top_k in [(False, 2, 10), (False, 60, 1), (True, 2, 10), (True, 60, 1)]:
+        if zeroed:
+            query[:, 2] = 0
+        documents = ragged(generator, generator.integers(2, 9, count))
+        damaged = [*documents[:-1], documents[-1].clone()]
+        damaged[-1][1, 2] = damage
+        for call in (
+            lambda given=damaged, k=top_k: rerank(query, given, k),
+            lambda given=damaged: PackedDocuments(given),
+            lambda given=damaged: max_sim([query, query[:1]], given, similarity=similarity),
+            lambda given=damaged: max_sim(query.double(), given, similarity=similarity),
+        ):
+            with pytest.raises(ValueError, match=f"document {count - 1} holds NaN, infinity"):
+                call()
+        asked = query.clone()
+        asked[1, 0] = damage
+        for call in (
+            lambda wrong=asked, given=documents, k=top_k: rerank(wrong, given, k),
+            lambda wrong=asked, given=documents: max_sim([wrong], given, similarity=similarity),
+        ):
+            with pytest.raises(ValueError, match="query 0 holds NaN, infinity"):
+                call()
+
+
+def test_large_numbers_are_no_infinity(generator, passes):
+    """Squares of these overflow in float32, and sums of these products; scores do not."""
+    documents = [item * 1e20 for item in ragged(generator, generator.integers(1, 9, 60))]
+    query = unit_vectors(generator, 5)
+    assert_exact(query, documents, 10)
+    assert_exact(query * 1e18, documents, 60)
+    np.testing.assert_allclose(max_sim(query, documents).numpy(), brute_force([query], documents), rtol=1e-4)
+    with pytest.raises(ValueError, match="document 0 holds NaN, infinity or numbers too large for torch"):
+        rerank(query, [documents[0].double() * 1e30])
