@@ -91,6 +91,18 @@ def load_retriever(model: str, device: str | None = None, dtype: str | None = No
     return network, processor
 
 
+def check_precision(precision: str | None, family: Family | None = None) -> None:
+    """Raise `ValueError` unless an index can have the precision: of any vectors, or of a family's."""
+    if precision is None:
+        return
+    from rarezoo.retrieval.vector_encoder import PRECISIONS
+
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}; found {precision!r}")
+    if family is not None and family.representation == "sparse":
+        raise ValueError("precision: an index of sparse vectors is exact, in float32; leave it out")
+
+
 def language_of(name: str | None, model: Any) -> Any:
     """What `--language` means to a loaded model: its value, or for "detect" a function from text to language."""
     if name != "detect" or not hasattr(model.config, "languages"):

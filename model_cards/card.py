@@ -52,7 +52,8 @@ def build_card(
 
     Args:
         folder: checkpoint of one of the families. `evaluation.json`, when present, is one object or a list of
-            objects {"dataset": str, "split": str, "metrics": {name: number}}.
+            objects {"dataset": str, "split": str, "metrics": {name: number}}, with "language", "precision" of the
+            index and "dtype" of the model where they shaped the figures.
         repo_id: what the usage examples load; the folder's name when None.
         license, base_model, language: metadata that no file states; None keeps what the folder's README.md says.
 
@@ -86,7 +87,10 @@ def build_card(
         architecture=_architecture(family, config),
         size=_size(folder, family),
         recipe={_cell(name): _code(value) for name, value in _flatten(_effective(recipe)).items()},
-        evaluations=[{**_cells(entry), "metrics": _cells(entry["metrics"])} for entry in evaluations],
+        evaluations=[
+            {**_cells({**entry, "dataset": _measured(entry)}), "metrics": _cells(entry["metrics"])}
+            for entry in evaluations
+        ],
         quantization=read_json(folder / "quantization_report.json", dict),
         sentence_transformers=(folder / "modules.json").is_file(),
         authored=authored,
@@ -252,7 +256,8 @@ def _evaluation_results(family: Family, evaluations: list[dict[str, Any]]) -> li
             task_type=task_type,
             task_name=task_name,
             dataset_type=re.sub(r"[^\w.-]+", "-", entry["dataset"]).strip("-").lower(),
-            dataset_name=entry["dataset"],
+            dataset_name=_measured(entry),
+            dataset_config=_conditions(entry) or None,  # by which results of one collection are told apart
             dataset_split=entry.get("split"),
             metric_type=metric.lower(),
             metric_name=metric,
@@ -261,6 +266,18 @@ def _evaluation_results(family: Family, evaluations: list[dict[str, Any]]) -> li
         for entry in evaluations
         for metric, value in entry["metrics"].items()
     ]
+
+
+def _conditions(entry: Mapping[str, Any]) -> str:
+    """Under which a result was measured, in words: "fr_XX, 2-bit index"."""
+    forms = {"language": "{}", "precision": "{} index", "dtype": "{} model"}
+    return ", ".join(form.format(entry[name]) for name, form in forms.items() if entry.get(name) is not None)
+
+
+def _measured(entry: Mapping[str, Any]) -> str:
+    """The collection, and under which conditions."""
+    conditions = _conditions(entry)
+    return f"{entry['dataset']} ({conditions})" if conditions else entry["dataset"]
 
 
 def _architecture(family: Family, config: Mapping[str, Any]) -> str | None:

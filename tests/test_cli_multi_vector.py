@@ -1,15 +1,18 @@
 """The verbs of `rarezoo` on a multi-vector family: the same files, the same errors, MaxSim in place of dot products."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor, XmodConfig, XmodForMaskedLM
 
 from rarezoo import ColBERTXMForRetrieval
 from rarezoo.conversion import convert
+from rarezoo.model_cards import build_card
 from rarezoo.quantization import quantize
 from rarezoo.retrieval import MultiVectorEmbeddings, MultiVectorIndex
 
@@ -153,6 +156,40 @@ def test_eval_and_queries_of_a_file(checkpoint, collection, embeddings, model, t
     (tmp_path / "queries.tsv").write_text("".join(f"{name}\t{text}\n" for name, text in QUERIES.items()))
     call("search", index, "--queries", tmp_path / "queries.tsv", "--run", run, "--model", checkpoint)
     assert len(run.read_text().splitlines()) == 8
+
+
+def test_saved_results_say_their_conditions(checkpoint, collection, tmp_path):
+    """Precision, language and dtype tell the results of one collection apart, in the checkpoint and on its card."""
+    saved = shutil.copytree(checkpoint, tmp_path / "saved")
+    command = ("eval", saved, collection, "--save", "--metrics", "nDCG@10")
+    for options in ((), ("--precision", "2-bit"), ("--language", "fr"), ("--dtype", "bfloat16"), ("--language", "en")):
+        call(*command, *options)
+    entries = json.loads((saved / "evaluation.json").read_text())
+    conditions = [tuple(entry.get(name) for name in ("language", "precision", "dtype")) for entry in entries]
+    assert conditions == [
+        ("en_XX", "2-bit", None), ("fr_XX", None, None), ("en_XX", None, "bfloat16"), ("en_XX", None, None),
+    ]  # fmt: skip
+    card = build_card(saved)
+    for words in ("en_XX, 2-bit index", "fr_XX", "en_XX, bfloat16 model", "en_XX"):
+        assert f"\n| small ({words}) | test | nDCG@10 |" in str(card)
+    results = {result.dataset_config: result for result in ModelCard(str(card)).data.eval_results}
+    assert len(results) == 4
+    compressed = results["en_XX, 2-bit index"]
+    assert (compressed.dataset_name, compressed.dataset_type) == ("small (en_XX, 2-bit index)", "small")
+    assert compressed.metric_value == entries[0]["metrics"]["nDCG@10"]
+
+
+def test_precision_is_checked_before_anything_is_encoded(
+    checkpoint, splade_checkpoint, collection, embeddings, tmp_path, monkeypatch
+):
+    call("eval", checkpoint, collection, "--output", tmp_path / "out")
+    monkeypatch.setattr("rarezoo.cli.checkpoints.load_retriever", None)
+    wrong = ("--precision", "3-bit")
+    assert "precision must be one of" in refused("eval", checkpoint, collection, *wrong)
+    assert "precision must be one of" in refused("index", embeddings, tmp_path / "x", *wrong, "--metadata", "nowhere")
+    assert "sparse vectors is exact" in refused("eval", splade_checkpoint, collection, "--precision", "2-bit")
+    known = ("--output", tmp_path / "out", "--precision", "2-bit")
+    assert "an index of another precision" in refused("eval", checkpoint, collection, *known)
 
 
 def test_mistakes(checkpoint, splade_checkpoint, collection, embeddings, tmp_path):
