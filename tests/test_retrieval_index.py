@@ -17,7 +17,14 @@ import scipy.sparse
 import torch
 from safetensors.numpy import load_file
 
-from rarezoo.retrieval import SparseEmbeddings, SparseIndex, segmented_index, sparse_index, storage
+from rarezoo.retrieval import (
+    MultiVectorEmbeddings,
+    SparseEmbeddings,
+    SparseIndex,
+    segmented_index,
+    sparse_index,
+    storage,
+)
 
 from .folders import contents
 
@@ -333,6 +340,10 @@ def test_bad_arguments(small: tuple[SparseIndex, SparseEmbeddings]) -> None:
     for name in ("top_k", "num_threads"):
         with pytest.raises(ValueError, match=f"{name} must be at least 1; found 0"):
             index.search(documents.matrix, **{name: 0})
+        for value in (1.5, "3", True):
+            with pytest.raises(TypeError, match=f"{name} must be a whole number; found {value!r}"):
+                index.search(documents.matrix, **{name: value})
+    assert index.search(documents.matrix, top_k=np.int32(2)) == index.search(documents.matrix, top_k=2)
     with pytest.raises(TypeError, match="ndarray"):
         index.search(documents.matrix.toarray())
 
@@ -441,6 +452,15 @@ def test_a_missing_entry_of_the_manifest_is_named(small, name: str) -> None:
     path.write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=rf"index\.json is damaged: the entry '{name}' is missing$"):
         SparseIndex.open(path.parent)
+
+
+def test_embeddings_of_the_other_kind_are_refused(small, tmp_path: Path) -> None:
+    other = MultiVectorEmbeddings(["a"], np.ones((1, 20), dtype=np.float32), [1])
+    before = contents(small[0].folder)
+    for call in (lambda: SparseIndex.build(other, tmp_path / "new"), lambda: small[0].add(other)):
+        with pytest.raises(TypeError, match=r"SparseIndex holds sparse embeddings: .* found MultiVectorEmbeddings$"):
+            call()
+    assert contents(small[0].folder) == before and not (tmp_path / "new").exists()
 
 
 def test_building_never_overwrites(small: tuple[SparseIndex, SparseEmbeddings]) -> None:
