@@ -106,6 +106,39 @@ def test_an_official_folder_as_it_is(colbert_fixtures, checkpoint, collection, e
     assert "official checkpoint must be converted first" in refused("quantize", official, tmp_path / "quantized")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("language", "code"), [("fr-CA", "fr_XX"), (None, "en_XX")])
+def test_an_onnx_graph_reads_one_language(checkpoint, model, tmp_path, language, code):
+    import onnxruntime
+
+    options = ("--language", language) if language else ()
+    shown = call("export", checkpoint, tmp_path / "onnx", "--to", "onnx", *options).stdout
+    assert f"the graph reads {code}, of 4 language(s)" in shown
+    config = json.loads((tmp_path / "onnx" / "config.json").read_text())
+    assert (config["languages"], config["default_language"]) == ([code], code)
+    session = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx")
+    processor = AutoProcessor.from_pretrained(tmp_path / "onnx", max_document_length=128)  # as many as there are
+    for texts in (["a"], list(DOCUMENTS.values()), ["the sea " * 200, "la Loire"]):
+        inputs = processor.process_documents(texts)
+        found = session.run(["embeddings"], {entry.name: inputs[entry.name].numpy() for entry in session.get_inputs()})[
+            0
+        ]
+        with torch.no_grad():
+            expected = model(**inputs, lang_ids=model.language_ids(code, texts)).embeddings
+        torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-5, rtol=0)
+    assert inputs["input_ids"].shape[1] == 128
+
+
+def test_the_language_of_an_export(checkpoint, splade_checkpoint, embeddings, tmp_path):
+    def line(source, to, language):
+        return refused("export", source, tmp_path / "out", "--to", to, "--language", language)
+
+    assert "no adapter for the language 'de'; expected one of en_XX" in line(checkpoint, "onnx", "de")
+    assert "reads all languages alike, leave it out" in line(splade_checkpoint, "onnx", "fr")
+    assert "--language is of --to onnx" in line(embeddings, "qdrant", "fr")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_bare_language_model_is_refused(tmp_path, collection):
     small = dict(vocab_size=40, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     XmodForMaskedLM(XmodConfig(**small)).save_pretrained(tmp_path / "xmod")
