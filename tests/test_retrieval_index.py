@@ -25,6 +25,7 @@ from rarezoo.retrieval import (
     sparse_index,
     storage,
 )
+from rarezoo.retrieval.identifiers import PackedIds
 
 from .folders import contents
 
@@ -461,6 +462,25 @@ def test_embeddings_of_the_other_kind_are_refused(small, tmp_path: Path) -> None
         with pytest.raises(TypeError, match=r"SparseIndex holds sparse embeddings: .* found MultiVectorEmbeddings$"):
             call()
     assert contents(small[0].folder) == before and not (tmp_path / "new").exists()
+
+
+def test_identifiers_with_half_a_surrogate_pair(small, tmp_path: Path) -> None:
+    """They are named where documents get them, and unknown where documents are looked for."""
+    index, _ = small
+    matrix = scipy.sparse.csr_matrix(np.ones((2, 20), dtype=np.float32))
+    rows, ids = np.ones((2, 20), dtype=np.float32), ["a", "b\ud800"]
+    for call in (
+        lambda: SparseEmbeddings(ids, matrix),
+        lambda: MultiVectorEmbeddings(ids, rows, [1, 1]),
+        lambda: PackedIds.pack(ids),
+    ):
+        with pytest.raises(ValueError, match=r"the identifier 'b\\ud800' holds half of a surrogate pair") as caught:
+            call()
+        assert type(caught.value) is ValueError
+    assert "b\ud800" not in index
+    assert index.search(matrix, subset=ids) == [[], []]
+    with pytest.raises(ValueError, match=r"no document 'b\\ud800' \(1 of 1 unknown\)"):
+        index.delete(ids[1:])
 
 
 def test_building_never_overwrites(small: tuple[SparseIndex, SparseEmbeddings]) -> None:
