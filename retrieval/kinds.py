@@ -14,8 +14,10 @@ from rarezoo.retrieval.sparse_index import SparseIndex
 
 
 def _is_multi_vector(manifest: Path) -> bool:
-    """What is missing, damaged or of an unknown kind is left to the sparse reader, which says so."""
-    return manifest.is_file() and storage.read_json(manifest).get("kind") == "multi-vector"
+    """What is damaged or of an unknown kind is left to the sparse reader, which says so."""
+    if not manifest.is_file():
+        raise FileNotFoundError(f"{manifest.parent} holds no {manifest.stem}: {manifest.name} is missing")
+    return storage.read_json(manifest).get("kind") == "multi-vector"
 
 
 def open_embeddings(folder: str | os.PathLike[str]) -> SparseEmbeddings | MultiVectorEmbeddings:

@@ -49,7 +49,8 @@ class ColBERTXMProcessor(ProcessorMixin):
             symbol; the published weights were trained so.
         skiplist_tokens (`list[str]`, *optional*):
             Tokens whose vectors documents do not keep, instead of those that `mask_punctuation` finds: for checkpoints
-            that PyLate trained with a list of its own.
+            that PyLate trained with a list of its own. Each is one token of the vocabulary; `<unk>` stands for all
+            that are none, default markers included.
     """
 
     _auto_class = "AutoProcessor"
@@ -77,9 +78,10 @@ class ColBERTXMProcessor(ProcessorMixin):
         for field, value in (("query_marker", query_marker), ("document_marker", document_marker)):
             if not isinstance(value, str) or not value:
                 raise ValueError(f"{field} must be a token; found {value!r}")
-        if skiplist_tokens is not None and not all(isinstance(token, str) for token in skiplist_tokens):
+        if isinstance(skiplist_tokens, str) or not all(isinstance(token, str) for token in skiplist_tokens or ()):
             raise ValueError(f"skiplist_tokens must be a list of tokens; found {skiplist_tokens!r}")
         super().__init__(tokenizer, chat_template=chat_template)
+        self._check_known(skiplist_tokens or ())
         self.max_query_length = max_query_length
         self.max_document_length = max_document_length
         self.query_marker = query_marker
@@ -198,6 +200,17 @@ class ColBERTXMProcessor(ProcessorMixin):
         if not self.mask_punctuation:
             return []
         return self._punctuation_ids
+
+    def _check_known(self, tokens: Sequence[str]) -> None:
+        """Raise `ValueError` for tokens that the tokenizer would take for the unknown one."""
+        unknown = self.tokenizer.unk_token
+        known = (None, self.tokenizer.unk_token_id)
+        foreign = [name for name in tokens if name != unknown and self.tokenizer.convert_tokens_to_ids(name) in known]
+        if foreign:
+            raise ValueError(
+                f"skiplist_tokens must be tokens of the vocabulary; found {', '.join(map(repr, foreign))}, for which "
+                f"{unknown} would be dropped: all unknown words, and markers. Name {unknown} itself if that is meant"
+            )
 
     @cached_property
     def _punctuation_ids(self) -> list[int]:
