@@ -324,7 +324,8 @@ def test_rows_by_id(tmp_path):
         ({}, [], ValueError, "no training rows"),
         ({"training_data": "nowhere.jsonl"}, None, FileNotFoundError, "no training data at nowhere.jsonl"),
         ({"preset": "huge"}, rows(), KeyError, "unknown preset 'huge'"),
-        ({"family": "bert"}, rows(), ValueError, "no sparse retriever"),
+        ({"family": "bert"}, rows(), ValueError, "unknown family 'bert'; known families: mistral_splade"),
+        ({"family": "colbert-xm"}, rows(), ValueError, "'colbert_xm' is no sparse retriever"),
         ({"processor": {"attention_mode": "plain"}}, rows(), ValueError, "set the same in the recipe"),
     ],
 )
