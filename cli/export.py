@@ -83,7 +83,12 @@ def _export_inference_free(source: str, output: Path, corpus: Path | None) -> No
     from rarezoo.cli.checkpoints import load_config, load_processor
     from rarezoo.retrieval import InferenceFreeQueryEncoder, read_corpus
 
-    _, config = load_config(source)
+    family, config = load_config(source)
+    if family.representation != "sparse":
+        raise ValueError(
+            f"{source} gives several vectors per text, with which no table of weights can be compared; --to "
+            "inference-free takes a sparse model"
+        )
     tokenizer = load_processor(source).tokenizer
     encoder = InferenceFreeQueryEncoder.from_corpus(
         tokenizer, read_corpus(corpus), vocab_size=config.vocab_size, show_progress_bar=True

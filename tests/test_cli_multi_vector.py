@@ -240,10 +240,35 @@ def test_mistakes(checkpoint, splade_checkpoint, collection, embeddings, tmp_pat
         (("search", index, "capital", "--model", splade_checkpoint, "--language", "de"), "reads all languages alike"),
         (("search", sparse, "capital", "--model", checkpoint), "holds sparse vectors, --model gives several vectors"),
         (("explain", checkpoint, "capital"), "have no terms"),
+        (("search", index, "capital", "--model", checkpoint, "--terms", 3), "which have no terms; leave it out"),
         (("export", embeddings, tmp_path / "x", "--to", "qdrant"), "several vectors per text"),
+        (
+            ("export", checkpoint, tmp_path / "x", "--to", "inference-free", "--corpus", collection),
+            "inference-free takes a sparse model",
+        ),
     ):  # fmt: skip
         assert message in refused(*arguments), arguments
     assert not (tmp_path / "x").exists()
+
+
+def test_nothing_found_has_no_terms_to_do_with_it(checkpoint, embeddings, tmp_path):
+    index = tmp_path / "index"
+    call("index", embeddings, index)
+    search = ("search", index, "capital", "--model", checkpoint)
+    shown = call(*search, "--where", "topic=seas").stdout
+    assert shown == "nothing found: no document has the metadata of --where\n"
+    call("index", "delete", index, *DOCUMENTS)
+    assert call(*search).stdout == "nothing found: the index holds no documents\n"
+
+
+def test_what_a_conversion_left_out_is_counted(colbert_fixtures, tmp_path):
+    arguments = (colbert_fixtures / "checkpoint", tmp_path / "small", "--option", 'languages=["ja", "fr"]')
+    lines = call("convert", "colbert-xm", *arguments).stdout.splitlines()
+    left_out = [line for line in lines if "left out" in line]
+    assert left_out == [
+        "  left out 16 tensors or files, such as roberta.encoder.layer.0.output.adapter_modules.en_XX.dense1.bias: a "
+        "language that is not kept"
+    ]
 
 
 def test_languages_are_detected(checkpoint, collection, model, tmp_path):
