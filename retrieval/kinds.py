@@ -48,10 +48,17 @@ def build_index(
             metadata is `{document.id: document.metadata for document in read_corpus(path)}`.
 
     Raises:
+        TypeError: `embeddings` is something else.
         ValueError: also for a precision of sparse vectors, which have but one.
     """
     if isinstance(embeddings, MultiVectorEmbeddings):
         return MultiVectorIndex.build(embeddings, folder, precision or "float32", metadata=metadata)
+    if not isinstance(embeddings, SparseEmbeddings):
+        raise TypeError(
+            "expected embeddings with identifiers, as encode_corpus and open_embeddings give them (from vectors: "
+            "SparseEmbeddings(ids, rows), MultiVectorEmbeddings.from_list(ids, vectors)); found "
+            f"{type(embeddings).__name__}"
+        )
     if precision is not None:
         raise ValueError("precision: an index of sparse vectors is exact, in float32; leave it out")
     return SparseIndex.build(embeddings, folder, metadata)
