@@ -213,7 +213,7 @@ def _all_scores(queries: list[Tensor], documents: list[Tensor], similarity: str)
     reused_as = None if needs_gradient else dtype
     for positions, block in _blocks(documents, _block_vectors(groups), reused_as=reused_as):
         block = block.to(dtype)
-        best = []
+        best: list[Tensor] = []
         for group in groups:
             similarities = _similarities(group, block, similarity)
             if not best:
