@@ -55,7 +55,8 @@ def build_card(
             objects {"dataset": str, "split": str, "metrics": {name: number}}, with "language", "precision" of the
             index and "dtype" of the model where they shaped the figures.
         repo_id: what the usage examples load; the folder's name when None.
-        license, base_model, language: metadata that no file states; None keeps what the folder's README.md says.
+        license, base_model, language: metadata that no file states; None keeps what the folder's README.md says. Of a
+            checkpoint whose configuration lists its languages, `language` is these where the README.md says none.
 
     The card ends with a comment that holds a digest of its text, by which `is_authored` knows it again.
 
@@ -176,7 +177,8 @@ def _read_config(folder: Path) -> tuple[Family, dict[str, Any]]:
     family = FAMILIES.get(config.get("model_type", ""))
     if family is None:
         raise ValueError(
-            f"{folder} holds a model of type {config.get('model_type')!r}; known families: {', '.join(FAMILIES)}"
+            f"{folder} holds a model of type {config.get('model_type')!r}; known families: {', '.join(FAMILIES)}. "
+            "An official checkpoint must be converted first, by `rarezoo convert`"
         )
     return family, config
 
@@ -236,15 +238,25 @@ def _metadata(
     relation: dict[str, Any] = {}
     if quantized and "base_model" in authored:
         relation["base_model_relation"] = "quantized"
-    tags = authored.get("tags", [])
+    known = {**_languages(config), **authored}
+    tags = known.get("tags", [])
     own_tags = ("custom_code", "rarezoo", family.name, *TAGS[family.representation])
     return ModelCardData(
         library_name="transformers",
         pipeline_tag=PIPELINES[family.representation],
         model_name=name.split("/")[-1],
         eval_results=_evaluation_results(family, evaluations) or None,
-        **{**authored, **relation, "tags": [*own_tags, *([tags] if isinstance(tags, str) else tags)]},
+        **{**known, **relation, "tags": [*own_tags, *([tags] if isinstance(tags, str) else tags)]},
     )
+
+
+def _languages(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The ISO codes of the adapters' languages, as the Hub's `language`; nothing for families without adapters."""
+    languages = config.get("languages")
+    if not isinstance(languages, list):
+        return {}
+    codes = list(dict.fromkeys(str(code).partition("_")[0] for code in languages))
+    return {"language": codes if len(codes) > 1 else codes[0]} if codes else {}
 
 
 def _evaluation_results(family: Family, evaluations: list[dict[str, Any]]) -> list[EvalResult]:
