@@ -23,7 +23,7 @@ def quickstart(
         Path | None,
         typer.Option(
             help="Folder for the checkpoint, the index and the picture. By default runs/quickstart, or "
-            "runs/quickstart-colbert-xm."
+            "runs/quickstart-colbert-xm. What an earlier tour left there is replaced."
         ),
     ] = None,
 ) -> None:
