@@ -220,6 +220,7 @@ def _all_scores(queries: list[Tensor], documents: list[Tensor], similarity: str)
                 # With any one vector that is finite, one that is not has a similarity that is not.
                 sums_of_first.append(similarities.detach()[..., 0].sum(1))
             best.append(_best(similarities))
+            del similarities  # or the next ones would lie in other memory, outside the cache
         sums = [part.sum(-1) for part, sizes in zip(best, lengths) for part in part.split(sizes, dim=-1)]
         found.append(torch.stack(sums))
         order += positions
