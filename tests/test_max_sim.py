@@ -472,3 +472,19 @@ def test_large_numbers_are_no_infinity(generator, passes):
     np.testing.assert_allclose(max_sim(query, documents).numpy(), brute_force([query], documents), rtol=1e-4)
     with pytest.raises(ValueError, match="document 0 holds NaN, infinity or numbers too large for torch"):
         rerank(query, [documents[0].double() * 1e30])
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 3e18], ids=str)
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_prepared_documents_of_one_sign_only_and_of_large_norms(scale, sign):
+    """All similarities negative, all positive, and so large that bfloat16's products come near to overflow."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.rand(5, 16, generator=generator)
+    documents = [sign * scale * torch.rand(7, 16, generator=generator) for _ in range(300)]
+    scores = torch.stack([(query.double() @ document.double().T).amax(1).sum() for document in documents]).float()
+    expected = scores.sort(descending=True, stable=True)
+    found = rerank(query, PackedDocuments(documents), 10)
+    assert torch.equal(found.positions, expected.indices[:10])
+    assert torch.equal(found.scores, expected.values[:10])
+    found = rerank(query * 3e18, PackedDocuments(documents), 10)
+    assert torch.equal(found.positions, expected.indices[:10])

@@ -29,6 +29,7 @@ _FEW_CANDIDATES = 4  # times top_k: so many exact scores cost less than excludin
 _LENGTH_STEP = 4  # lengths of blocks are multiples of it: oneDNN compiles a kernel for every shape that it has not met
 
 _BFLOAT16_UNIT_ROUNDOFF = 2.0**-8
+_OVERFLOW = 2.0**120  # far below where sums of products could become infinite, and their differences NaN
 _FLOAT32_UNIT_ROUNDOFF = 2.0**-24
 
 
@@ -47,7 +48,7 @@ class _RoughBlock(NamedTuple):
     """Documents of similar length, a vector d of which is given as d', in bfloat16 or float32."""
 
     positions: list[int]
-    vectors: Tensor  # (documents, length, dim)
+    vectors: Tensor  # (documents, length, dim); prepared ones lie in memory as (length, documents, dim)
     norms: Tensor  # (documents,) float64, not below the norm of any d of the document
     errors: Tensor  # (documents,) float64, not below the norm of any d - d'
 
@@ -84,7 +85,8 @@ class PackedDocuments:
             _refuse_non_finite("document", self._items, norms, positions)
             self._norms[positions] = norms
             if keep_rough:
-                rough = block.bfloat16()
+                # Position by position: of vectors that lie so, maxima are taken fastest.
+                rough = block.transpose(0, 1).to(torch.bfloat16, memory_format=torch.contiguous_format).transpose(0, 1)
                 errors = _largest_norms(block - rough)  # the difference is exact (Sterbenz)
                 self._rough.append(_RoughBlock(positions, rough, norms, errors))
 
@@ -367,7 +369,7 @@ class _Reranking:
         if self.prepared is not None and self.prepared._rough and dtype is torch.bfloat16:
             blocks = self.prepared._rough  # of all documents: this is the first pass
         best_similarities = _BlockMaxima(self.query.to(dtype))
-        found = [(block.positions, best_similarities(block.vectors), block.norms, block.errors) for block in blocks]
+        found = [(block.positions, best_similarities(block), block.norms, block.errors) for block in blocks]
         positions = [position for part in found for position in part[0]]
         best, norms, errors = (torch.cat(parts).double() for parts in list(zip(*found))[1:])
         bounds = _error_bounds(self.query_float64, dtype, best, norms, errors)
@@ -394,13 +396,28 @@ class _BlockMaxima:
 
     def __init__(self, query: Tensor):
         self.query = query
+        self.norm = float(_norms(query.double()).max())
         self.products = query.new_empty(0)
 
-    def __call__(self, block: Tensor) -> Tensor:
-        rows = block.flatten(0, 1)
+    def __call__(self, block: _RoughBlock) -> Tensor:
+        by_position = block.vectors.transpose(0, 1)
+        prepared = by_position.is_contiguous()
+        rows = (by_position if prepared else block.vectors).flatten(0, 1)
         products = torch.mm(rows, self.query.T, out=self.products.resize_(len(rows), len(self.query)))
-        similarities = products.view(len(block), -1, len(self.query))
+        if prepared and products.dtype is torch.bfloat16:
+            products = products.view(len(by_position), -1)
+            finite = self.norm * float((block.norms + block.errors).max()) < _OVERFLOW
+            best = _largest_bfloat16(products) if finite else products.amax(0)
+            return best.view(-1, len(self.query)).float()
+        similarities = products.view(len(block.norms), -1, len(self.query))
         return similarities.amax(1) if products.dtype is torch.float32 else _halved_to_one(similarities).float()
+
+
+def _largest_bfloat16(numbers: Tensor) -> Tensor:
+    """`numbers.amax(0)` of bfloat16 numbers without NaN, in a quarter of the time: the bits of numbers that are not
+    negative are in the order of the numbers, and above those of the others."""
+    best = numbers.view(torch.int16).amax(0)
+    return numbers.amax(0) if bool((best < 0).any()) else best.view(torch.bfloat16)
 
 
 def _halved_to_one(similarities: Tensor) -> Tensor:
