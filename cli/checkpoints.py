@@ -63,13 +63,16 @@ def load_processor(model: str) -> Any:
     return checkpoint_loading.load_processor(model)
 
 
-def load_retriever(model: str, device: str | None = None, dtype: str | None = None) -> tuple[Any, Any]:
+def load_retriever(
+    model: str, device: str | None = None, dtype: str | None = None, language: str | None = None
+) -> tuple[Any, Any]:
     """Model (in evaluation mode, on the device) and processor of a checkpoint, quantized ones included.
 
     Args:
         model: folder or Hub repository.
         device: None takes a GPU where there is one, each of several processes its own.
         dtype: "float32", "bfloat16" or "float16"; None what the checkpoint says.
+        language: of a family with language adapters, the code of the one to load; None loads all.
     """
     _check_dtype(dtype)
     _, config = load_config(model)
@@ -82,6 +85,8 @@ def load_retriever(model: str, device: str | None = None, dtype: str | None = No
     if quantized and dtype is not None:
         raise ValueError(f"{model} is quantized: its dtype is fixed, leave out --dtype")
     arguments = {"dtype": getattr(torch, dtype)} if dtype else {}
+    if language is not None:
+        arguments["languages"] = [language]
     if quantized and target.type != "cpu":
         arguments["device_map"] = {"": target}
     processor = checkpoint_loading.load_processor(model)
@@ -89,6 +94,18 @@ def load_retriever(model: str, device: str | None = None, dtype: str | None = No
     if not quantized:
         network = network.to(target)
     return network, processor
+
+
+def check_precision(precision: str | None, family: Family | None = None) -> None:
+    """Raise `ValueError` unless an index can have the precision: of any vectors, or of a family's."""
+    if precision is None:
+        return
+    from rarezoo.retrieval.vector_encoder import PRECISIONS
+
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}; found {precision!r}")
+    if family is not None and family.representation == "sparse":
+        raise ValueError("precision: an index of sparse vectors is exact, in float32; leave it out")
 
 
 def language_of(name: str | None, model: Any) -> Any:

@@ -74,10 +74,19 @@ def convert(
         )
         if folder.merged:
             typer.echo(f"  adapter merged into {len(folder.merged)} weights")
-        for name, reason in folder.dropped.items():
-            typer.echo(f"  left out {name}: {reason}")
+        for reason, names in _by_reason(folder.dropped).items():
+            what = names[0] if len(names) == 1 else f"{len(names)} tensors or files, such as {names[0]}"
+            typer.echo(f"  left out {what}: {reason}")
         for note in folder.notes:
             typer.echo(f"  {note}")
+
+
+def _by_reason(dropped: Mapping[str, str]) -> dict[str, list[str]]:
+    """Why -> what was left out; of several dozen adapters that would be thousands of lines."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in dropped.items():
+        reasons.setdefault(reason, []).append(name)
+    return reasons
 
 
 def _check_options(options: dict[str, Any], family: str, to: str) -> None:

@@ -58,12 +58,15 @@ def evaluate(
     evaluates with ir-measures. As is usual on BEIR, a document with the identifier of the query is the query itself and
     no answer, unless the judgements name that pair.
     """
-    from rarezoo.cli.checkpoints import language_of, load_retriever
+    from rarezoo.cli.checkpoints import check_precision, language_of, load_config, load_retriever
     from rarezoo.cli.queries import QueryEncoder
     from rarezoo.retrieval import encode_corpus, evaluate_run, read_corpus, read_qrels, write_run
 
     # Whatever can be wrong is found now, not after hours of encoding.
     known = _known_results(Path(model), query_model) if save else []
+    check_precision(precision, load_config(model)[0])
+    if output:
+        _check_precision_of(output / "index", precision)
     names = [name.strip() for name in metrics.split(",")]
     qrels = read_qrels(collection, split)
     evaluate_run(qrels, qrels, metrics=names)
@@ -86,6 +89,7 @@ def evaluate(
         answer = {
             "dataset": collection.resolve().name,
             "split": split,
+            **_conditions(index, retriever, told),
             "queries": len(run),
             "documents": len(index),
             "metrics": {name: round(value, 5) for name, value in measured.items()},
@@ -100,8 +104,8 @@ def evaluate(
             write_run(run, output / "run.trec")
             _write_json(output / "metrics.json", answer)
     if save:
-        same = (answer["dataset"], answer["split"])
-        kept = [entry for entry in known if (entry.get("dataset"), entry.get("split")) != same]
+        same = _measurement(answer)
+        kept = [entry for entry in known if _measurement(entry) != same]
         _write_json(Path(model) / EVALUATION_FILE, [*kept, answer])
 
 
@@ -114,6 +118,26 @@ def _known_results(folder: Path, query_model: str | None) -> list[dict[str, Any]
     if query_model:
         raise ValueError("--save stores the model's own result; with --query-model leave it out and use --output")
     return read_evaluations(folder)
+
+
+def _conditions(index: Any, retriever: Any, language: Any) -> dict[str, str]:
+    """What shapes the figures besides the collection: language, and precision and dtype other than float32."""
+    conditions = {}
+    if hasattr(retriever.config, "languages"):
+        config = retriever.config
+        conditions["language"] = "detect" if callable(language) else config.languages[config.language_id(language)]
+    for name, value in (
+        ("precision", getattr(index, "precision", "float32")),
+        ("dtype", str(retriever.dtype).removeprefix("torch.")),
+    ):
+        if value != "float32":
+            conditions[name] = value
+    return conditions
+
+
+def _measurement(entry: dict[str, Any]) -> tuple[Any, ...]:
+    """What a later result of the same takes the place of."""
+    return tuple(entry.get(name) for name in ("dataset", "split", "language", "precision", "dtype"))
 
 
 def _check_identifiers(collection: Path) -> None:
@@ -154,6 +178,14 @@ def _check_same_space(queries: Any, retriever: Any, query_model: str) -> None:
         raise ValueError(f"--query-model {query_model} is another model than the one that encodes the documents")
 
 
+def _check_precision_of(folder: Path, precision: str | None) -> None:
+    """An interrupted run goes on with the index that it built."""
+    from rarezoo.retrieval import open_index
+
+    if precision is not None and folder.exists() and getattr(open_index(folder), "precision", None) != precision:
+        raise ValueError(f"{folder} is an index of another precision: remove it or choose another --output")
+
+
 def _index(
     embeddings: SparseEmbeddings | MultiVectorEmbeddings, folder: Path, precision: str | None
 ) -> SparseIndex | MultiVectorIndex:
@@ -162,8 +194,6 @@ def _index(
     if not folder.exists():
         return build_index(embeddings, folder, precision)
     index = open_index(folder)
-    if precision is not None and getattr(index, "precision", None) != precision:
-        raise ValueError(f"{folder} is an index of another precision: remove it or choose another --output")
     if index.fingerprint != embeddings.fingerprint or len(index) != len(embeddings):
         raise ValueError(f"{folder} is the index of other embeddings: remove it or choose another --output")
     return index

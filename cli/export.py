@@ -32,16 +32,24 @@ def export(
     corpus: Annotated[
         Path | None, typer.Option(help="Corpus from which inference-free queries take their weights.")
     ] = None,
+    language: Annotated[
+        str | None,
+        typer.Option(
+            help="Language of an onnx graph's texts, for families that tell languages apart; the checkpoint's default."
+        ),
+    ] = None,
 ) -> None:
     """Write for other search engines and runtimes.
 
     Embeddings become the files that the engine loads; a checkpoint becomes an ONNX graph, or the table of weights with
     which queries need no model.
     """
+    if language is not None and to in (*EMBEDDING_FORMATS, "inference-free"):
+        raise ValueError(f"--language is of --to onnx: --to {to} takes what is encoded already, leave it out")
     if to in EMBEDDING_FORMATS:
         _export_embeddings(source, output, to, model, field, shard_size)
     elif to == "onnx":
-        _export_onnx(source, output)
+        _export_onnx(source, output, language)
     elif to == "inference-free":
         _export_inference_free(source, output, corpus)
     else:
@@ -75,7 +83,12 @@ def _export_inference_free(source: str, output: Path, corpus: Path | None) -> No
     from rarezoo.cli.checkpoints import load_config, load_processor
     from rarezoo.retrieval import InferenceFreeQueryEncoder, read_corpus
 
-    _, config = load_config(source)
+    family, config = load_config(source)
+    if family.representation != "sparse":
+        raise ValueError(
+            f"{source} gives several vectors per text, with which no table of weights can be compared; --to "
+            "inference-free takes a sparse model"
+        )
     tokenizer = load_processor(source).tokenizer
     encoder = InferenceFreeQueryEncoder.from_corpus(
         tokenizer, read_corpus(corpus), vocab_size=config.vocab_size, show_progress_bar=True
@@ -83,22 +96,33 @@ def _export_inference_free(source: str, output: Path, corpus: Path | None) -> No
     encoder.save_pretrained(output)
 
 
-def _export_onnx(source: str, output: Path) -> None:
-    """The model as an ONNX graph with dynamic batch and length, and the processor that prepares its inputs."""
+def _export_onnx(source: str, output: Path, language: str | None) -> None:
+    """The model as an ONNX graph with dynamic batch and length, and the processor that prepares its inputs; of a model
+    with language adapters, one language."""
     import onnxscript  # noqa: F401  the exporter would fail late and unclearly without it
     import torch
     from transformers.exporters import OnnxConfig, OnnxExporter
 
-    from rarezoo.cli.checkpoints import load_retriever
+    from rarezoo.cli.checkpoints import load_config, load_retriever
     from rarezoo.conversion.engine import staged_folder
 
-    retriever, processor = load_retriever(source, device="cpu", dtype="float32")
+    _, config = load_config(source)
+    code, longest = None, config.max_position_embeddings
+    if hasattr(config, "languages"):
+        # Which adapter reads a row depends on the data, and no graph says that.
+        code = config.languages[config.language_id(language)]
+        longest -= config.pad_token_id + 1  # positions begin behind that of padding
+    elif language is not None:
+        raise ValueError(f"--language: {source} reads all languages alike, leave it out")
+    retriever, processor = load_retriever(source, device="cpu", dtype="float32", language=code)
     retriever.requires_grad_(False)  # a graph for training would fix the batch size
     # The shapes of the sample are not baked in, but no dimension of it may be 1.
     inputs = dict(processor.process_documents(["a sample text", "another, somewhat longer sample text"]))
-    batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=retriever.config.max_position_embeddings)
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=longest)
     shapes = {name: {0: batch, 1: length} for name in inputs}
     with staged_folder(output) as folder:
         program = OnnxExporter().export(retriever, inputs, config=OnnxConfig(dynamic=True, dynamic_shapes=shapes))
         program.save_pretrained(folder)
         processor.save_pretrained(folder)
+    if code is not None:
+        typer.echo(f"the graph reads {code}, of {len(config.languages)} language(s)")

@@ -49,8 +49,10 @@ def build(
     json: JsonOption = False,
 ) -> None:
     """Build an index in a new folder."""
+    from rarezoo.cli.checkpoints import check_precision
     from rarezoo.retrieval import build_index, open_embeddings
 
+    check_precision(precision)
     _report(build_index(open_embeddings(embeddings), index, precision, _read_metadata(metadata)), json)
 
 

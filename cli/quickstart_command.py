@@ -24,7 +24,7 @@ def quickstart(
         Path | None,
         typer.Option(
             help="Folder for the checkpoint, the index and the picture. By default runs/quickstart, "
-            "runs/quickstart-colbert-xm, or runs/quickstart-lexinvariant."
+            "runs/quickstart-colbert-xm, or runs/quickstart-lexinvariant. What an earlier tour left there is replaced."
         ),
     ] = None,
 ) -> None:

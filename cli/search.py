@@ -15,6 +15,7 @@ from rarezoo.cli.options import DeviceOption, DtypeOption, JsonOption, LanguageO
 from rarezoo.cli.output import print_json
 
 SNIPPET_CHARACTERS = 160
+SHOWN_TERMS = 8
 
 
 def search(
@@ -35,7 +36,9 @@ def search(
             "several fields all.",
         ),
     ] = None,
-    terms: Annotated[int, typer.Option(min=0, help="Matched terms shown per document, of a sparse index.")] = 8,
+    terms: Annotated[
+        int | None, typer.Option(min=0, help=f"Matched terms shown per document, of a sparse index; {SHOWN_TERMS}.")
+    ] = None,
     language: LanguageOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -52,11 +55,14 @@ def search(
     from rarezoo.retrieval import open_index
 
     opened = open_index(index)
+    has_terms = hasattr(opened, "matched_terms")
+    if terms is not None and not has_terms:
+        raise ValueError(f"--terms: {index} holds several vectors per text, which have no terms; leave it out")
     encoder = QueryEncoder.load(model, device, dtype, language)
     if queries is not None and run is not None:
         _write_run(opened, encoder, queries, run, top_k, filters, json)
         return
-    answers = _answers(opened, encoder, str(query), top_k, filters, terms)
+    answers = _answers(opened, encoder, str(query), top_k, filters, SHOWN_TERMS if terms is None else terms)
     if corpus is not None:
         texts = find_texts(corpus, {answer["id"] for answer in answers})
         for answer in answers:
@@ -64,7 +70,7 @@ def search(
     if json:
         print_json({"query": query, "answers": answers})
     else:
-        print_answers(answers, filtered=filters is not None)
+        print_answers(answers, filtered=filters is not None, by_terms=has_terms)
 
 
 def parse_where(conditions: list[str]) -> dict[str, list[Any]] | None:
@@ -178,11 +184,15 @@ def find_texts(corpus: Path, ids: set[str]) -> dict[str, str]:
     return texts
 
 
-def print_answers(answers: list[dict[str, Any]], filtered: bool = False) -> None:
+def print_answers(answers: list[dict[str, Any]], filtered: bool = False, by_terms: bool = True) -> None:
     """Rank, score, identifier; below them matched terms, metadata, and the part of the text where most terms stand."""
     if not answers:
-        among = "no document with the metadata of --where" if filtered else "no document"
-        typer.echo(f"nothing found: {among} shares a term with the query")
+        if by_terms:
+            among = "no document with the metadata of --where" if filtered else "no document"
+            reason = f"{among} shares a term with the query"
+        else:
+            reason = "no document has the metadata of --where" if filtered else "the index holds no documents"
+        typer.echo(f"nothing found: {reason}")
     for answer in answers:
         typer.echo(f"{answer['rank']:>3}. {answer['score']:9.4f}  {answer['id']}")
         terms = answer.get("terms", [])

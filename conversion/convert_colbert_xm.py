@@ -75,6 +75,7 @@ RULES: tuple[Rule, ...] = (
             f"{_LAYER}attention.output.LayerNorm",
             f"{_LAYER}output.LayerNorm",
             f"{_LAYER}output.adapter_layer_norm",
+            "roberta.encoder.LayerNorm",  # with pre_norm
         )
         for part, old_name in _NORM_PARTS
         # Files of early libraries say gamma and beta; so do those that PyLate writes.

@@ -54,9 +54,11 @@ def build_card(
 
     Args:
         folder: checkpoint of one of the families. `evaluation.json`, when present, is one object or a list of
-            objects {"dataset": str, "split": str, "metrics": {name: number}}.
+            objects {"dataset": str, "split": str, "metrics": {name: number}}, with "language", "precision" of the
+            index and "dtype" of the model where they shaped the figures.
         repo_id: what the usage examples load; the folder's name when None.
-        license, base_model, language: metadata that no file states; None keeps what the folder's README.md says.
+        license, base_model, language: metadata that no file states; None keeps what the folder's README.md says. Of a
+            checkpoint whose configuration lists its languages, `language` is these where the README.md says none.
 
     The card ends with a comment that holds a digest of its text, by which `is_authored` knows it again.
 
@@ -88,7 +90,10 @@ def build_card(
         architecture=_architecture(family, config),
         size=_size(folder, family),
         recipe={_cell(name): _code(value) for name, value in _flatten(_effective(recipe)).items()},
-        evaluations=[{**_cells(entry), "metrics": _cells(entry["metrics"])} for entry in evaluations],
+        evaluations=[
+            {**_cells({**entry, "dataset": _measured(entry)}), "metrics": _cells(entry["metrics"])}
+            for entry in evaluations
+        ],
         quantization=read_json(folder / "quantization_report.json", dict),
         sentence_transformers=(folder / "modules.json").is_file(),
         authored=authored,
@@ -174,7 +179,8 @@ def _read_config(folder: Path) -> tuple[Family, dict[str, Any]]:
     family = FAMILIES.get(config.get("model_type", ""))
     if family is None:
         raise ValueError(
-            f"{folder} holds a model of type {config.get('model_type')!r}; known families: {', '.join(FAMILIES)}"
+            f"{folder} holds a model of type {config.get('model_type')!r}; known families: {', '.join(FAMILIES)}. "
+            "An official checkpoint must be converted first, by `rarezoo convert`"
         )
     return family, config
 
@@ -234,15 +240,25 @@ def _metadata(
     relation: dict[str, Any] = {}
     if quantized and "base_model" in authored:
         relation["base_model_relation"] = "quantized"
-    tags = authored.get("tags", [])
+    known = {**_languages(config), **authored}
+    tags = known.get("tags", [])
     own_tags = ("custom_code", "rarezoo", family.name, *TAGS[family.representation])
     return ModelCardData(
         library_name="transformers",
         pipeline_tag=PIPELINES[family.representation],
         model_name=name.split("/")[-1],
         eval_results=_evaluation_results(family, evaluations) or None,
-        **{**authored, **relation, "tags": [*own_tags, *([tags] if isinstance(tags, str) else tags)]},
+        **{**known, **relation, "tags": [*own_tags, *([tags] if isinstance(tags, str) else tags)]},
     )
+
+
+def _languages(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The ISO codes of the adapters' languages, as the Hub's `language`; nothing for families without adapters."""
+    languages = config.get("languages")
+    if not isinstance(languages, list):
+        return {}
+    codes = list(dict.fromkeys(str(code).partition("_")[0] for code in languages))
+    return {"language": codes if len(codes) > 1 else codes[0]} if codes else {}
 
 
 def _evaluation_results(family: Family, evaluations: list[dict[str, Any]]) -> list[EvalResult]:
@@ -254,7 +270,8 @@ def _evaluation_results(family: Family, evaluations: list[dict[str, Any]]) -> li
             task_type=task_type,
             task_name=task_name,
             dataset_type=re.sub(r"[^\w.-]+", "-", entry["dataset"]).strip("-").lower(),
-            dataset_name=entry["dataset"],
+            dataset_name=_measured(entry),
+            dataset_config=_conditions(entry) or None,  # by which results of one collection are told apart
             dataset_split=entry.get("split"),
             metric_type=metric.lower(),
             metric_name=metric,
@@ -263,6 +280,18 @@ def _evaluation_results(family: Family, evaluations: list[dict[str, Any]]) -> li
         for entry in evaluations
         for metric, value in entry["metrics"].items()
     ]
+
+
+def _conditions(entry: Mapping[str, Any]) -> str:
+    """Under which a result was measured, in words: "fr_XX, 2-bit index"."""
+    forms = {"language": "{}", "precision": "{} index", "dtype": "{} model"}
+    return ", ".join(form.format(entry[name]) for name, form in forms.items() if entry.get(name) is not None)
+
+
+def _measured(entry: Mapping[str, Any]) -> str:
+    """The collection, and under which conditions."""
+    conditions = _conditions(entry)
+    return f"{entry['dataset']} ({conditions})" if conditions else entry["dataset"]
 
 
 def _architecture(family: Family, config: Mapping[str, Any]) -> str | None:

@@ -90,7 +90,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             name="colbert_xm",
             title="ColBERT-XM",
-            summary="Text in 81 languages to one vector per token, for late interaction.",
+            summary="Text in the languages of its adapters to one vector per token, for late interaction.",
             representation="multi-vector",
             config="ColBERTXMConfig",
             base_model="ColBERTXMModel",

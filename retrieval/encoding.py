@@ -104,6 +104,7 @@ def encode_corpus(
         The embeddings, memory-mapped.
 
     Raises:
+        TypeError: a document has no `id` and `text`.
         ValueError: the folder holds a job with other settings or of another corpus, an identifier comes twice, or a
             vector is not finite.
         FileExistsError: the folder holds something else.
@@ -263,6 +264,7 @@ class _Job:
                 texts = list(itertools.islice(stream, self.shard_size))
                 if not texts:
                     return number
+                _check_texts(texts)
                 seen.add([text.id for text in texts])
                 if number % processes.total == processes.rank:
                     self._write_shard(number, texts, bar)
@@ -302,6 +304,15 @@ class _Job:
         for leftover in self.folder.glob(f".*{storage.PARTIAL_SUFFIX}"):
             leftover.unlink()
         self.vectors.write_manifest(self.folder, num_shards, complete=True, **self.settings)
+
+
+def _check_texts(texts: Iterable[Any]) -> None:
+    for text in texts:
+        if not hasattr(text, "id") or not hasattr(text, "text"):
+            raise TypeError(
+                f"expected objects with id and text, such as Document(id, text) and what read_corpus gives; found "
+                f"{text!r:.80}"
+            )
 
 
 def _digest(texts: list[Text]) -> str:

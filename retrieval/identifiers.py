@@ -23,12 +23,17 @@ class PackedIds(Sequence[str]):
 
     @classmethod
     def pack(cls, ids: Iterable[str]) -> PackedIds:
-        """Pack strings; an identifier that is not a string is a TypeError."""
+        """Pack strings.
+
+        Raises:
+            TypeError: an identifier is not a string.
+            ValueError: an identifier holds half of a surrogate pair.
+        """
         encoded = []
         for identifier in ids:
             if not isinstance(identifier, str):
                 raise TypeError(f"identifiers must be str, found {type(identifier).__name__}: {identifier!r}")
-            encoded.append(identifier.encode("utf-8"))
+            encoded.append(_utf8(identifier))
         offsets = np.zeros(len(encoded) + 1, dtype=np.int64)
         np.cumsum([len(identifier) for identifier in encoded], out=offsets[1:])
         return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), offsets)
@@ -73,9 +78,25 @@ def listed_ids(ids: Iterable[str]) -> list[str]:
     return ids
 
 
+def _utf8(identifier: str) -> bytes:
+    try:
+        return identifier.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"the identifier {identifier!r} holds half of a surrogate pair, which no file in UTF-8 can hold: rename it"
+        ) from None
+
+
 def digest_ids(ids: Iterable[str]) -> np.ndarray:
-    """(n,) array of 16-byte BLAKE2b digests (numpy type "S16"): equal identifiers, equal digests."""
-    return np.array([hashlib.blake2b(identifier.encode(), digest_size=16).digest() for identifier in ids], dtype="S16")
+    """(n,) array of 16-byte BLAKE2b digests (numpy type "S16"): equal identifiers, equal digests.
+
+    To look identifiers up: those that cannot be stored have digests too, which none that is stored has.
+    """
+    return _digests(identifier.encode("utf-8", "surrogatepass") for identifier in ids)
+
+
+def _digests(encoded: Iterable[bytes]) -> np.ndarray:
+    return np.array([hashlib.blake2b(identifier, digest_size=16).digest() for identifier in encoded], dtype="S16")
 
 
 class SeenIds:
@@ -88,9 +109,9 @@ class SeenIds:
         """Take the next identifiers of the stream; returns their digests, in their order.
 
         Raises:
-            ValueError: one of them has come before.
+            ValueError: one of them has come before, or holds half of a surrogate pair.
         """
-        unsorted = digest_ids(ids)
+        unsorted = _digests(map(_utf8, ids))
         order = np.argsort(unsorted, kind="stable")
         digests = unsorted[order]
         positions = np.searchsorted(self._digests, digests)

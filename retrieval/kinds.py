@@ -14,8 +14,10 @@ from rarezoo.retrieval.sparse_index import SparseIndex
 
 
 def _is_multi_vector(manifest: Path) -> bool:
-    """What is missing, damaged or of an unknown kind is left to the sparse reader, which says so."""
-    return manifest.is_file() and storage.read_json(manifest).get("kind") == "multi-vector"
+    """What is damaged or of an unknown kind is left to the sparse reader, which says so."""
+    if not manifest.is_file():
+        raise FileNotFoundError(f"{manifest.parent} holds no {manifest.stem}: {manifest.name} is missing")
+    return storage.read_json(manifest).get("kind") == "multi-vector"
 
 
 def open_embeddings(folder: str | os.PathLike[str]) -> SparseEmbeddings | MultiVectorEmbeddings:
@@ -46,10 +48,17 @@ def build_index(
             metadata is `{document.id: document.metadata for document in read_corpus(path)}`.
 
     Raises:
+        TypeError: `embeddings` is something else.
         ValueError: also for a precision of sparse vectors, which have but one.
     """
     if isinstance(embeddings, MultiVectorEmbeddings):
         return MultiVectorIndex.build(embeddings, folder, precision or "float32", metadata=metadata)
+    if not isinstance(embeddings, SparseEmbeddings):
+        raise TypeError(
+            "expected embeddings with identifiers, as encode_corpus and open_embeddings give them (from vectors: "
+            "SparseEmbeddings(ids, rows), MultiVectorEmbeddings.from_list(ids, vectors)); found "
+            f"{type(embeddings).__name__}"
+        )
     if precision is not None:
         raise ValueError("precision: an index of sparse vectors is exact, in float32; leave it out")
     return SparseIndex.build(embeddings, folder, metadata)

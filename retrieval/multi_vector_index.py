@@ -33,7 +33,7 @@ from rarezoo.retrieval.multi_vector_segments import (
     segment_contents,
 )
 from rarezoo.retrieval.residual_codec import ResidualCodec, compiled_loops
-from rarezoo.retrieval.segmented_index import SegmentedIndex
+from rarezoo.retrieval.segmented_index import SegmentedIndex, check_counts
 from rarezoo.retrieval.sparse_embeddings import SparseEmbeddings
 from rarezoo.retrieval.vector_encoder import PRECISIONS, VectorEncoder
 
@@ -52,7 +52,7 @@ class MultiVectorIndex(SegmentedIndex[MultiVectorSegment, MultiVectorEmbeddings]
     One process at a time may change an index; others keep reading what they have opened.
     """
 
-    _kind, _count = KIND, "num_vectors"
+    _kind, _container, _count = KIND, MultiVectorEmbeddings, "num_vectors"
 
     @classmethod
     def build(
@@ -80,11 +80,13 @@ class MultiVectorIndex(SegmentedIndex[MultiVectorSegment, MultiVectorEmbeddings]
 
         Raises:
             FileExistsError: `folder` is not empty.
+            TypeError: embeddings of another kind.
             ValueError: a shard is damaged, an identifier comes twice, vectors that the precision cannot hold, no
                 vectors to train centroids on, metadata that cannot be stored, or of a document that is not among these.
             CannotWriteError: full disk or read-only folder.
         """
         folder = Path(folder)
+        cls._check_kind(embeddings)
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}; found {precision!r}")
         lines_of = lines_of_new(metadata, embeddings.ids)
@@ -112,7 +114,7 @@ class MultiVectorIndex(SegmentedIndex[MultiVectorSegment, MultiVectorEmbeddings]
 
         Raises:
             FileExistsError: `folder` is not empty.
-            ValueError: an identifier comes twice.
+            ValueError: an identifier comes twice, or the numbers of identifiers, lengths and rows do not agree.
             CannotWriteError: full disk or read-only folder.
         """
         folder, seen = Path(folder), SeenIds()
@@ -124,6 +126,12 @@ class MultiVectorIndex(SegmentedIndex[MultiVectorSegment, MultiVectorEmbeddings]
                 payload: dict[str, np.ndarray] = {
                     name: stored[name].astype(dtype, copy=False) for name, (dtype, _) in types.items()
                 }
+                rows = {name: len(stored_rows) for name, stored_rows in payload.items()}
+                if len(ids) != len(lengths) or set(rows.values()) != {int(lengths.sum())}:
+                    raise ValueError(
+                        f"expected one length per identifier and one row per vector; found {len(ids)} identifiers, "
+                        f"{len(lengths)} lengths that add up to {int(lengths.sum())}, and rows {rows}"
+                    )
                 yield EncodedDocuments(ids, seen.add(ids), lengths.astype(np.int64), payload)
 
         with storage.folder_written_beside(folder) as partial:
@@ -210,13 +218,12 @@ class MultiVectorIndex(SegmentedIndex[MultiVectorSegment, MultiVectorEmbeddings]
         Raises:
             ValueError: another dimension, another model, query vectors that are not finite, or a value in `where` that
                 no metadata can hold.
-            TypeError: `where` is neither a mapping nor a function.
+            TypeError: `where` is neither a mapping nor a function, or a number is not whole.
         """
         vectors, offsets = self._query_rows(queries)
+        check_counts(top_k=top_k, num_cells=num_cells)
         num_candidates = max(256, 16 * top_k) if num_candidates is None else num_candidates
-        for name, value in (("top_k", top_k), ("num_cells", num_cells), ("num_candidates", num_candidates)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1; found {value}")
+        check_counts(num_candidates=num_candidates)
         chosen = self._chosen(subset, where)
         eligible = [segment.searchable for segment in self._segments]
         if chosen is not None:
@@ -303,9 +310,11 @@ class MultiVectorIndex(SegmentedIndex[MultiVectorSegment, MultiVectorEmbeddings]
         The centroids stay those that `build` trained.
 
         Raises:
+            TypeError: embeddings of another kind.
             ValueError: another dimension or model, an identifier that the index holds already, or as `build`.
             CannotWriteError: full disk or read-only folder.
         """
+        self._check_kind(embeddings)
         if embeddings.dim != self.dim:
             raise ValueError(
                 f"the documents have {embeddings.dim} dimensions, the index {self.dim}: encode them with the model "

@@ -41,16 +41,17 @@ class Muvera:
         seed: int = 0,
     ):
         sizes = {"dim": dim, "num_repetitions": num_repetitions, "num_hyperplanes": num_hyperplanes}
-        sizes |= {"projected_dim": projected_dim or dim, "final_dim": final_dim or 1}
+        optional = {"projected_dim": projected_dim, "final_dim": final_dim}
+        sizes |= {name: value for name, value in optional.items() if value is not None}
         for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1; found {value}")
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+                raise ValueError(f"{name} must be a whole number and at least 1; found {value!r}")
         if num_hyperplanes > 16:
             raise ValueError(f"num_hyperplanes must be at most 16 (65,536 buckets); found {num_hyperplanes}")
         self.dim = dim
         self.num_repetitions = num_repetitions
         self.num_buckets = 2**num_hyperplanes
-        self.projected_dim = projected_dim or dim
+        self.projected_dim = dim if projected_dim is None else projected_dim
         generator = np.random.default_rng(seed)
         shape = (num_repetitions, dim, num_hyperplanes)
         self._hyperplanes = generator.standard_normal(shape).astype(np.float32)
@@ -59,7 +60,7 @@ class Muvera:
             signs = generator.choice(np.array([-1, 1], dtype=np.float32), (num_repetitions, dim, projected_dim))
             self._projections = signs / np.float32(np.sqrt(projected_dim))
         self._unfolded_dim = num_repetitions * self.num_buckets * self.projected_dim
-        self.encoding_dim = final_dim or self._unfolded_dim
+        self.encoding_dim = self._unfolded_dim if final_dim is None else final_dim
         self._fold_signs = self._fold_targets = None
         if final_dim is not None:
             self._fold_signs = generator.choice(np.array([-1, 1], dtype=np.float32), self._unfolded_dim)

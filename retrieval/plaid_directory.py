@@ -20,6 +20,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ from rarezoo.retrieval.multi_vector_index import MultiVectorIndex
 from rarezoo.retrieval.residual_codec import ResidualCodec
 
 IDS_NAME = "document_ids.json"
+_CHUNK_FILES = ("{}.codes.pt", "{}.residuals.pt", "{}.metadata.json", "doclens.{}.json")
 
 
 class PlaidChunk(NamedTuple):
@@ -62,17 +64,15 @@ class PlaidDirectory:
         if not (self.folder / "metadata.json").is_file():
             raise FileNotFoundError(f"{self.folder} holds no PLAID index: metadata.json is missing")
         self._metadata = storage.read_json(self.folder / "metadata.json")
-        self.config: dict[str, Any] = self._metadata["config"]
+        self.num_chunks: int = self._entry("metadata.json", self._metadata, "num_chunks", int)
+        self.config: dict[str, Any] = self._entry("metadata.json", self._metadata, "config", dict)
+        self._check_num_chunks()
         self.codec = self._read_codec()
-        chunks = [storage.read_json(self._path(f"{number}.metadata.json")) for number in range(self.num_chunks)]
-        self.num_passages = sum(chunk["num_passages"] for chunk in chunks)
+        self._lengths = [self._checked_lengths(number) for number in range(self.num_chunks)]
+        self.num_passages = sum(map(len, self._lengths))
 
     def __repr__(self) -> str:
         return f"PlaidDirectory({self.num_passages} passages, {self.num_chunks} chunks, {self.codec})"
-
-    @property
-    def num_chunks(self) -> int:
-        return self._metadata["num_chunks"]
 
     @property
     def ids(self) -> list[str]:
@@ -90,6 +90,35 @@ class PlaidDirectory:
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing")
         return path
+
+    def _entry(self, file: str, content: dict[str, Any], name: str, kind: type) -> Any:
+        value = content.get(name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"{self.folder / file} is damaged: {name!r} is missing or no {kind.__name__}")
+        return value
+
+    def _check_num_chunks(self) -> None:
+        names = (path.name for pattern in _CHUNK_FILES for path in self.folder.glob(pattern.format("*")))
+        numbers = (re.fullmatch(r"(?:doclens\.)?(\d+)\..*", name) for name in names)
+        found = 1 + max((int(match[1]) for match in numbers if match), default=-1)
+        if found > self.num_chunks:
+            raise ValueError(
+                f"{self.folder / 'metadata.json'} is damaged: it tells of {self.num_chunks} chunks, but there are "
+                f"files of chunk {found - 1}"
+            )
+
+    def _checked_lengths(self, number: int) -> np.ndarray:
+        """The vectors of each passage of a chunk, as many as its metadata tells."""
+        metadata, doclens = f"{number}.metadata.json", f"doclens.{number}.json"
+        counts = storage.read_json(self._path(metadata))
+        told = [self._entry(metadata, counts, name, int) for name in ("num_passages", "num_embeddings")]
+        lengths = self._read_lengths(self._path(doclens))
+        if told != [len(lengths), int(lengths.sum())]:
+            raise ValueError(
+                f"{self.folder / metadata} and {doclens} contradict each other: {told[0]} passages of {told[1]} "
+                f"vectors, and {len(lengths)} of {int(lengths.sum())}"
+            )
+        return lengths
 
     def _read_codec(self) -> ResidualCodec:
         centroids = _load(self._path("centroids.pt"))
@@ -113,16 +142,18 @@ class PlaidDirectory:
         for number in range(self.num_chunks):
             codes = _load(self._path(f"{number}.codes.pt"))
             residuals = _load(self._path(f"{number}.residuals.pt"))
-            lengths = self._lengths(self._path(f"doclens.{number}.json"))
-            chunk = PlaidChunk(lengths, codes.numpy(), residuals.numpy())
+            chunk = PlaidChunk(self._lengths[number], codes.numpy(), residuals.numpy())
             self._check(number, chunk)
             yield chunk
 
-    def _lengths(self, path: Path) -> np.ndarray:
+    def _read_lengths(self, path: Path) -> np.ndarray:
         try:
-            return np.array(json.loads(path.read_bytes()), dtype=np.int64).reshape(-1)
-        except (ValueError, TypeError) as error:
+            lengths = json.loads(path.read_bytes())
+        except ValueError as error:
             raise ValueError(f"{path} is damaged: expected a list of lengths ({error})") from error
+        if not isinstance(lengths, list) or not all(type(length) is int and 0 <= length < 2**31 for length in lengths):
+            raise ValueError(f"{path} is damaged: expected a list of lengths, whole numbers from 0")
+        return np.array(lengths, dtype=np.int64)
 
     def _check(self, number: int, chunk: PlaidChunk) -> None:
         num_vectors = int(chunk.lengths.sum())

@@ -157,6 +157,20 @@ class Segment(ABC):
         return {**self.row, "tombstones": path.name, "num_deleted": int(deleted.sum())}
 
 
+def check_counts(**counts: Any) -> None:
+    """That arguments of a search are whole numbers of at least 1.
+
+    Raises:
+        TypeError: no whole number.
+        ValueError: below 1.
+    """
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+            raise TypeError(f"{name} must be a whole number; found {value!r}")
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1; found {value}")
+
+
 SegmentT = TypeVar("SegmentT", bound=Segment)
 EmbeddingsT = TypeVar("EmbeddingsT")
 
@@ -171,8 +185,9 @@ class SegmentedIndex(ABC, Generic[SegmentT, EmbeddingsT]):
     One process at a time may change an index; others keep reading what they have opened.
     """
 
-    # The kind of representation, and what the manifest calls the number of stored values.
+    # The kind of representation, the class of its embeddings, and what the manifest calls the number of stored values.
     _kind: ClassVar[str]
+    _container: ClassVar[type]
     _count: ClassVar[str]
 
     def __init__(self, folder: Path):
@@ -291,6 +306,15 @@ class SegmentedIndex(ABC, Generic[SegmentT, EmbeddingsT]):
         """Read every file and compare it with its checksum; a ValueError names a damaged one."""
         for segment in self._segments:
             segment.verify()
+
+    @classmethod
+    def _check_kind(cls, embeddings: EmbeddingsT) -> None:
+        """That documents are embeddings of the kind that this index holds."""
+        if not isinstance(embeddings, cls._container):
+            raise TypeError(
+                f"{cls.__name__} holds {cls._kind} embeddings: expected {cls._container.__name__}, found "
+                f"{type(embeddings).__name__}"
+            )
 
     def _check_origin(self, name: str, fingerprint: str | None) -> None:
         """That vectors can be compared with the documents, as their fingerprint tells."""

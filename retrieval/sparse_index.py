@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from rarezoo.retrieval import storage
 from rarezoo.retrieval.identifiers import SeenIds
 from rarezoo.retrieval.metadata import MetadataOf, Where, lines_of_new
-from rarezoo.retrieval.segmented_index import Segment, SegmentedIndex, id_tensors
+from rarezoo.retrieval.segmented_index import Segment, SegmentedIndex, check_counts, id_tensors
 from rarezoo.retrieval.sparse_embeddings import KIND, SparseEmbeddings, canonical_rows
 
 # Documents per segment: bounds the memory that building and compacting take (about 1 GB at 200 terms per document).
@@ -85,7 +85,7 @@ class SparseIndex(SegmentedIndex["_Segment", SparseEmbeddings]):
     One process at a time may change an index; others keep reading what they have opened.
     """
 
-    _kind, _count = KIND, "num_postings"
+    _kind, _container, _count = KIND, SparseEmbeddings, "num_postings"
 
     @classmethod
     def build(
@@ -103,11 +103,13 @@ class SparseIndex(SegmentedIndex["_Segment", SparseEmbeddings]):
 
         Raises:
             FileExistsError: `folder` is not empty.
+            TypeError: embeddings of another kind.
             ValueError: a shard is damaged, an identifier comes twice, metadata that cannot be stored, or of a document
                 that is not among these.
             CannotWriteError: full disk or read-only folder.
         """
         folder = Path(folder)
+        cls._check_kind(embeddings)
         lines_of = lines_of_new(metadata, embeddings.ids)
         with storage.folder_written_beside(folder) as partial:
             contents = _segment_contents(_new_rows(embeddings), embeddings.vocab_size)
@@ -165,12 +167,10 @@ class SparseIndex(SegmentedIndex["_Segment", SparseEmbeddings]):
         Raises:
             ValueError: another vocabulary, another model, weights that are negative or not finite, or a value in
                 `where` that no metadata can hold.
-            TypeError: `where` is neither a mapping nor a function.
+            TypeError: `where` is neither a mapping nor a function, or a number is not whole.
         """
         matrix = self._query_rows(queries)
-        for name, value in (("top_k", top_k), ("num_threads", num_threads)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1; found {value}")
+        check_counts(top_k=top_k, num_threads=num_threads)
         at_once = min(_QUERIES_AT_ONCE, -(-matrix.shape[0] // num_threads)) or 1
         excluded = self._excluded(subset, where)
         if matrix.shape[0] <= at_once:
@@ -275,9 +275,11 @@ class SparseIndex(SegmentedIndex["_Segment", SparseEmbeddings]):
         """Add documents as a new segment, with metadata as in `build`; whole or not at all.
 
         Raises:
+            TypeError: embeddings of another kind.
             ValueError: another vocabulary or model, an identifier that the index holds already, or as `build`.
             CannotWriteError: full disk or read-only folder.
         """
+        self._check_kind(embeddings)
         if embeddings.vocab_size != self.vocab_size:
             raise ValueError(
                 f"the documents have {embeddings.vocab_size} vocabulary entries, the index {self.vocab_size}: "

@@ -1,15 +1,18 @@
 """The verbs of `rarezoo` on a multi-vector family: the same files, the same errors, MaxSim in place of dot products."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor, XmodConfig, XmodForMaskedLM
 
 from rarezoo import ColBERTXMForRetrieval
 from rarezoo.conversion import convert
+from rarezoo.model_cards import build_card
 from rarezoo.quantization import quantize
 from rarezoo.retrieval import MultiVectorEmbeddings, MultiVectorIndex
 
@@ -103,6 +106,39 @@ def test_an_official_folder_as_it_is(colbert_fixtures, checkpoint, collection, e
     assert "official checkpoint must be converted first" in refused("quantize", official, tmp_path / "quantized")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("language", "code"), [("fr-CA", "fr_XX"), (None, "en_XX")])
+def test_an_onnx_graph_reads_one_language(checkpoint, model, tmp_path, language, code):
+    import onnxruntime
+
+    options = ("--language", language) if language else ()
+    shown = call("export", checkpoint, tmp_path / "onnx", "--to", "onnx", *options).stdout
+    assert f"the graph reads {code}, of 4 language(s)" in shown
+    config = json.loads((tmp_path / "onnx" / "config.json").read_text())
+    assert (config["languages"], config["default_language"]) == ([code], code)
+    session = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx")
+    processor = AutoProcessor.from_pretrained(tmp_path / "onnx", max_document_length=128)  # as many as there are
+    for texts in (["a"], list(DOCUMENTS.values()), ["the sea " * 200, "la Loire"]):
+        inputs = processor.process_documents(texts)
+        found = session.run(["embeddings"], {entry.name: inputs[entry.name].numpy() for entry in session.get_inputs()})[
+            0
+        ]
+        with torch.no_grad():
+            expected = model(**inputs, lang_ids=model.language_ids(code, texts)).embeddings
+        torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-5, rtol=0)
+    assert inputs["input_ids"].shape[1] == 128
+
+
+def test_the_language_of_an_export(checkpoint, splade_checkpoint, embeddings, tmp_path):
+    def line(source, to, language):
+        return refused("export", source, tmp_path / "out", "--to", to, "--language", language)
+
+    assert "no adapter for the language 'de'; expected one of en_XX" in line(checkpoint, "onnx", "de")
+    assert "reads all languages alike, leave it out" in line(splade_checkpoint, "onnx", "fr")
+    assert "--language is of --to onnx" in line(embeddings, "qdrant", "fr")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_bare_language_model_is_refused(tmp_path, collection):
     small = dict(vocab_size=40, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     XmodForMaskedLM(XmodConfig(**small)).save_pretrained(tmp_path / "xmod")
@@ -155,6 +191,40 @@ def test_eval_and_queries_of_a_file(checkpoint, collection, embeddings, model, t
     assert len(run.read_text().splitlines()) == 8
 
 
+def test_saved_results_say_their_conditions(checkpoint, collection, tmp_path):
+    """Precision, language and dtype tell the results of one collection apart, in the checkpoint and on its card."""
+    saved = shutil.copytree(checkpoint, tmp_path / "saved")
+    command = ("eval", saved, collection, "--save", "--metrics", "nDCG@10")
+    for options in ((), ("--precision", "2-bit"), ("--language", "fr"), ("--dtype", "bfloat16"), ("--language", "en")):
+        call(*command, *options)
+    entries = json.loads((saved / "evaluation.json").read_text())
+    conditions = [tuple(entry.get(name) for name in ("language", "precision", "dtype")) for entry in entries]
+    assert conditions == [
+        ("en_XX", "2-bit", None), ("fr_XX", None, None), ("en_XX", None, "bfloat16"), ("en_XX", None, None),
+    ]  # fmt: skip
+    card = build_card(saved)
+    for words in ("en_XX, 2-bit index", "fr_XX", "en_XX, bfloat16 model", "en_XX"):
+        assert f"\n| small ({words}) | test | nDCG@10 |" in str(card)
+    results = {result.dataset_config: result for result in ModelCard(str(card)).data.eval_results}
+    assert len(results) == 4
+    compressed = results["en_XX, 2-bit index"]
+    assert (compressed.dataset_name, compressed.dataset_type) == ("small (en_XX, 2-bit index)", "small")
+    assert compressed.metric_value == entries[0]["metrics"]["nDCG@10"]
+
+
+def test_precision_is_checked_before_anything_is_encoded(
+    checkpoint, splade_checkpoint, collection, embeddings, tmp_path, monkeypatch
+):
+    call("eval", checkpoint, collection, "--output", tmp_path / "out")
+    monkeypatch.setattr("rarezoo.cli.checkpoints.load_retriever", None)
+    wrong = ("--precision", "3-bit")
+    assert "precision must be one of" in refused("eval", checkpoint, collection, *wrong)
+    assert "precision must be one of" in refused("index", embeddings, tmp_path / "x", *wrong, "--metadata", "nowhere")
+    assert "sparse vectors is exact" in refused("eval", splade_checkpoint, collection, "--precision", "2-bit")
+    known = ("--output", tmp_path / "out", "--precision", "2-bit")
+    assert "an index of another precision" in refused("eval", checkpoint, collection, *known)
+
+
 def test_mistakes(checkpoint, splade_checkpoint, collection, embeddings, tmp_path):
     index = tmp_path / "index"
     call("index", embeddings, index)
@@ -170,10 +240,35 @@ def test_mistakes(checkpoint, splade_checkpoint, collection, embeddings, tmp_pat
         (("search", index, "capital", "--model", splade_checkpoint, "--language", "de"), "reads all languages alike"),
         (("search", sparse, "capital", "--model", checkpoint), "holds sparse vectors, --model gives several vectors"),
         (("explain", checkpoint, "capital"), "have no terms"),
+        (("search", index, "capital", "--model", checkpoint, "--terms", 3), "which have no terms; leave it out"),
         (("export", embeddings, tmp_path / "x", "--to", "qdrant"), "several vectors per text"),
+        (
+            ("export", checkpoint, tmp_path / "x", "--to", "inference-free", "--corpus", collection),
+            "inference-free takes a sparse model",
+        ),
     ):  # fmt: skip
         assert message in refused(*arguments), arguments
     assert not (tmp_path / "x").exists()
+
+
+def test_nothing_found_has_no_terms_to_do_with_it(checkpoint, embeddings, tmp_path):
+    index = tmp_path / "index"
+    call("index", embeddings, index)
+    search = ("search", index, "capital", "--model", checkpoint)
+    shown = call(*search, "--where", "topic=seas").stdout
+    assert shown == "nothing found: no document has the metadata of --where\n"
+    call("index", "delete", index, *DOCUMENTS)
+    assert call(*search).stdout == "nothing found: the index holds no documents\n"
+
+
+def test_what_a_conversion_left_out_is_counted(colbert_fixtures, tmp_path):
+    arguments = (colbert_fixtures / "checkpoint", tmp_path / "small", "--option", 'languages=["ja", "fr"]')
+    lines = call("convert", "colbert-xm", *arguments).stdout.splitlines()
+    left_out = [line for line in lines if "left out" in line]
+    assert left_out == [
+        "  left out 16 tensors or files, such as roberta.encoder.layer.0.output.adapter_modules.en_XX.dense1.bias: a "
+        "language that is not kept"
+    ]
 
 
 def test_languages_are_detected(checkpoint, collection, model, tmp_path):

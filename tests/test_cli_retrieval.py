@@ -77,6 +77,14 @@ def test_folders_that_do_not_name_their_vocabulary_are_read(embeddings, index, f
 # --- help -------------------------------------------------------------------------------------------------------------
 
 
+def test_a_wrong_folder_is_of_no_kind(embeddings, tmp_path):
+    """Whoever works with several vectors per document is not told of sparse ones."""
+    expected = f"rarezoo: {tmp_path} holds no embeddings: embeddings.json is missing"
+    assert refused("index", tmp_path, tmp_path / "new") == expected
+    assert f"{tmp_path} holds no index: index.json is missing" in refused("index", "add", tmp_path, embeddings)
+    assert not (tmp_path / "new").exists()
+
+
 def test_index_alone_shows_its_help():
     """As `rarezoo` alone does: on standard error, with the exit code of a wrong command line."""
     shown = call("index", code=2).stderr

@@ -4,6 +4,7 @@ import copy
 import json
 import threading
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -12,7 +13,7 @@ from transformers import AutoConfig, AutoModel, XmodModel
 
 from rarezoo import ColBERTXMConfig, ColBERTXMForRetrieval, ColBERTXMModel, ColBERTXMProcessor
 from rarezoo.colbert_xm.language_codes import find_language
-from rarezoo.configs import read_preset
+from rarezoo.configs import load_preset, read_preset
 
 PUBLISHED = read_preset("colbert_xm", "colbert-xm")["config"]["languages"]
 TEXTS = ["the moon pulls the sea", "la loire est le plus long fleuve", "maji yake yanatoka ziwa", "rain"]
@@ -195,7 +196,35 @@ def test_the_default_language(model, processor):
         model.set_default_language("xx")
 
 
+def test_a_preset_s_default_is_the_first_of_its_languages():
+    assert load_preset("colbert_xm", "tiny").default_language == "en_XX"
+    assert load_preset("colbert_xm", "tiny", languages=["it_IT"]).default_language == "it_IT"
+
+
+def test_whole_numbers_of_numpy_are_batch_sizes(model, processor):
+    found = model.encode_documents(TEXTS, processor, batch_size=np.int64(2))
+    assert all(torch.equal(*pair) for pair in zip(found, model.encode_documents(TEXTS, processor, batch_size=2)))
+    with pytest.raises(ValueError, match="batch_size must be a whole number"):
+        model.encode_documents(TEXTS, processor, batch_size=True)
+
+
+def test_scores_by_another_similarity(model, processor):
+    """The vectors have length 1: a squared distance is 2 - 2 cos."""
+    queries, documents = model.encode_queries(TEXTS, processor), model.encode_documents(TEXTS, processor)
+    lengths = torch.tensor([len(query) for query in queries])[:, None]
+    distances = model.score(queries, documents, similarity="l2")
+    torch.testing.assert_close(distances, 2 * model.score(queries, documents) - 2 * lengths, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("lang_ids", [[1.7], torch.tensor([1.0]), [True]])
+def test_indices_of_languages_are_whole_numbers(model, lang_ids):
+    with pytest.raises(TypeError, match="lang_ids must be whole numbers"):
+        model(torch.tensor([[0, 3, 2]]), lang_ids=lang_ids)
+
+
 def test_mistakes(model, processor):
+    with pytest.raises(TypeError, match="language must be a string such as 'fr_XX', one for each text, or a function"):
+        model.encode_queries(TEXTS, processor, language=3)
     with pytest.raises(ValueError, match="one language per text: 4 texts, 2 languages"):
         model.encode_documents(TEXTS, processor, language=["en", "fr"])
     with pytest.raises(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from rarezoo import ColBERTXMConfig, ColBERTXMForRetrieval, ColBERTXMProcessor
 
@@ -81,6 +82,45 @@ def test_documents_beyond_the_last_position(model, tokenizer):
         model.encode_documents(["rain", LONG], processor)
     with pytest.raises(ValueError, match="the input has 513 tokens, but the model takes 512"):
         model.encode_queries("rain", processor)
+
+
+@pytest.mark.parametrize("mode", ["insert", "replace"])
+def test_a_query_and_its_context_fit_the_model_together(model, tokenizer, mode):
+    """However long the query becomes; what colbert-ai's cut leaves is what is left beside a query of usual length."""
+    processor = ColBERTXMProcessor(tokenizer, marker_mode=mode)
+    text = tokenizer(LONG, add_special_tokens=False, verbose=False)["input_ids"]
+    for query, options in (("rain", {}), (LONG[:200], {"full_length": True}), (LONG, {"full_length": True})):
+        alone = processor.process_queries(query, **options)["input_ids"]
+        inputs = processor.process_queries(query, context=LONG, **options)
+        room = 512 - alone.shape[1]
+        assert inputs["input_ids"].tolist() == [[*alone[0].tolist(), *text[: room - 1], 2]]
+        assert model(**inputs).embeddings.shape == (1, 512, 16)
+
+
+@pytest.mark.parametrize("length", [511, 512, 513, 600])
+def test_queries_that_leave_no_room_for_contexts(tokenizer, length):
+    processor = ColBERTXMProcessor(tokenizer, max_query_length=length)
+    with pytest.raises(ValueError, match=rf"queries of {length} tokens leave no room .* lower max_query_length"):
+        processor.process_queries("rain", context=LONG)
+
+
+@pytest.mark.parametrize("special", ["none", "first"])
+def test_tokenizers_that_end_texts_with_no_special_token(folder, special):
+    """Cut as the tokenizer itself cuts; the marker stands behind the first id."""
+    processor = ColBERTXMProcessor.from_pretrained(folder)
+    tokenizer = processor.tokenizer
+    template = TemplateProcessing(single="<s> $A" if special == "first" else "$A", special_tokens=[("<s>", 0)])
+    tokenizer.backend_tokenizer.post_processor = template
+    assert (tokenizer("")["input_ids"] == []) == (special == "none")
+    for limit in (8, 40):
+        processor = ColBERTXMProcessor(tokenizer, max_query_length=limit, max_document_length=limit)
+        cut = tokenizer(LONG, truncation=True, max_length=limit - 1)["input_ids"]
+        tokenizer.backend_tokenizer.no_truncation()
+        for inputs in (processor.process_queries(LONG), processor.process_documents(LONG)):
+            assert inputs["input_ids"].tolist() == [[cut[0], 3, *cut[1:]]]
+    expected = [3] if special == "none" else [0, 3]
+    assert processor.process_documents("")["input_ids"].tolist() == [expected]
+    assert processor.process_queries("")["input_ids"].tolist() == [expected + [164] * (40 - len(expected))]
 
 
 def test_full_length_queries(model, tokenizer):

@@ -58,6 +58,16 @@ def test_official_settings_are_read(folder, given):
     assert len(processor.tokenizer) == given["vocab_size"]
 
 
+def test_a_skip_list_holds_tokens_of_the_vocabulary(folder, given):
+    """Another word would be `<unk>`, and with it all unknown words and the markers would go."""
+    tokenizer = ColBERTXMProcessor.from_pretrained(folder).tokenizer
+    assert ColBERTXMProcessor(tokenizer, skiplist_tokens=["<unk>"]).skiplist_ids == [given["special_ids"]["unk"]]
+    with pytest.raises(ValueError, match="must be tokens of the vocabulary; found 'notatoken', for which <unk> would"):
+        ColBERTXMProcessor(tokenizer, skiplist_tokens=[".", "notatoken"])
+    with pytest.raises(ValueError, match="must be a list of tokens; found 'abc'"):
+        ColBERTXMProcessor(tokenizer, skiplist_tokens="abc")
+
+
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_ids_and_masks(language, processor, expected, given):
     group, texts = prefix(language, processor), given["data"][language]

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor
 
-from rarezoo import ColBERTXMForRetrieval, ColBERTXMProcessor
+from rarezoo import ColBERTXMConfig, ColBERTXMForRetrieval, ColBERTXMProcessor
 from rarezoo.conversion import ConversionError, convert
 
 TEXTS = ["the moon pulls the sea, twice a day!", "rain"]
@@ -90,6 +90,23 @@ def test_export_of_a_saved_model_has_no_pooler(converted, tmp_path):
     assert torch.equal(
         load_file(tmp_path / "back" / "model.safetensors")["linear.weight"], model.linear.weight.detach()
     )
+
+
+@pytest.mark.parametrize("layout", ["stanford", "pylate"])
+def test_pre_norm(official, tmp_path, layout):
+    """X-MOD's variant with one more layer norm, behind the last layer."""
+    config = ColBERTXMConfig.from_pretrained(official, pre_norm=True, adapter_layer_norm=True)
+    model = ColBERTXMForRetrieval(config)
+    for name, parameter in model.named_parameters():
+        if "LayerNorm" in name or "layer_norm" in name:
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path / "model")
+    ColBERTXMProcessor.from_pretrained(official).save_pretrained(tmp_path / "model")
+    convert("colbert_xm", tmp_path / "model", tmp_path / "official", to="official", layout=layout)
+    convert("colbert_xm", tmp_path / "official", tmp_path / "back")
+    found, expected = AutoModel.from_pretrained(tmp_path / "back").state_dict(), model.state_dict()
+    assert "roberta.encoder.LayerNorm.weight" in expected and found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_bin_files_shards_and_old_names(official, copy, tmp_path):

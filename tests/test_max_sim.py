@@ -146,13 +146,13 @@ def test_many_queries_in_blocks_of_bounded_size(generator, monkeypatch):
     queries, documents = ragged(generator, [32] * 300), ragged(generator, generator.integers(1, 60, 150))
     expected = brute_force(queries[::50], documents)
     sizes = []
-    original = module._best_similarities
+    original = module._similarities
 
     def recorded(query_rows, block, similarity):
         sizes.append(len(query_rows) * block.shape[0] * block.shape[1])
         return original(query_rows, block, similarity)
 
-    monkeypatch.setattr(module, "_best_similarities", recorded)
+    monkeypatch.setattr(module, "_similarities", recorded)
     np.testing.assert_allclose(max_sim(queries, documents)[::50].numpy(), expected, atol=1e-5)
     assert max(sizes) <= 2**18 < sum(sizes) / 50
 
@@ -357,6 +357,20 @@ def test_rerank_of_few_and_of_empty_documents(generator, passes):
     assert rerank(query, documents[1:2]).scores.tolist() == [-np.inf]
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+def test_masks_of_zeros_and_ones(generator, dtype):
+    """As in a model's output."""
+    (queries, query_mask), (documents, document_mask) = (
+        padded([unit_vectors(generator, length) for length in lengths]) for lengths in ((4, 2), (3, 6, 1))
+    )
+    masks = {"query_mask": query_mask, "document_mask": document_mask}
+    counts = {name: mask.to(dtype) for name, mask in masks.items()}
+    assert torch.equal(max_sim(queries, documents, **counts), max_sim(queries, documents, **masks))
+    candidates, of_pairs = documents[None].expand(2, -1, -1, -1), document_mask[None].expand(2, -1, -1)
+    found = max_sim_pairs(queries, candidates, query_mask=query_mask.to(dtype), document_mask=of_pairs.to(dtype))
+    torch.testing.assert_close(found, max_sim(queries, documents, **masks))
+
+
 def test_rerank_takes_a_masked_query_of_a_batch(generator):
     query, documents = unit_vectors(generator, 4), ragged(generator, [3, 8, 5])
     rows, mask = padded([query, unit_vectors(generator, 6)])
@@ -391,10 +405,13 @@ Q, D = torch.ones(1, 2, 4), torch.ones(3, 5, 4)
         (ValueError, "do not go with a list", lambda: max_sim(Q, list(D), document_lengths=[5] * 3)),
         (ValueError, r"has shape \(3, 4\), expected \(3, 5\)", lambda: max_sim(Q, D, document_mask=D[:, :4, 0] > 0)),
         (TypeError, "must be boolean", lambda: max_sim(Q, D, document_mask=D[..., 0])),
+        (ValueError, "must hold 0 and 1 only, .* not 2", lambda: max_sim(Q, D, document_mask=torch.full((3, 5), 2))),
+        (ValueError, "must hold 0 and 1 only, .* not -1", lambda: rerank(Q, D, query_mask=np.full((1, 2), -1))),
         (ValueError, "query 0 has no vectors", lambda: max_sim(Q, D, query_mask=Q[..., 0] < 0)),
         (ValueError, "query 0 has no vectors", lambda: max_sim_pairs(Q, D[None], query_mask=Q[..., 0] < 0)),
         (ValueError, "one of cosine, l2, not 'dot'", lambda: max_sim(Q, D, similarity="dot")),
-        (ValueError, "query 0 and document 0 is NaN", lambda: max_sim(Q, D * torch.nan)),
+        (ValueError, "document 0 holds NaN", lambda: max_sim(Q, D * torch.nan)),
+        (ValueError, "query 0 holds NaN", lambda: max_sim(Q * torch.nan, D)),
         (ValueError, "document 0 holds NaN", lambda: rerank(Q, D * torch.nan)),
         (ValueError, "document 0 holds NaN", lambda: PackedDocuments(D * torch.inf)),
         (ValueError, "query 0 holds NaN", lambda: rerank(Q * torch.nan, D)),
@@ -415,3 +432,59 @@ def test_nan_in_one_of_many_documents_is_found(generator, passes):
     for given in (max_sim, rerank):
         with pytest.raises(ValueError, match="document 41"):
             given(unit_vectors(generator, 4), documents)
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "l2"])
+@pytest.mark.parametrize("damage", [torch.nan, torch.inf, -torch.inf])
+def test_vectors_that_are_not_finite_are_refused_however_many_there_are(generator, passes, damage, similarity):
+    """Also where a maximum would pass them over, and where a query meets the damaged component with 0."""
+    query = torch.rand(3, DIM)
+    for zeroed, count, top_k in [(False, 2, 10), (False, 60, 1), (True, 2, 10), (True, 60, 1)]:
+        if zeroed:
+            query[:, 2] = 0
+        documents = ragged(generator, generator.integers(2, 9, count))
+        damaged = [*documents[:-1], documents[-1].clone()]
+        damaged[-1][1, 2] = damage
+        for call in (
+            lambda given=damaged, k=top_k: rerank(query, given, k),
+            lambda given=damaged: PackedDocuments(given),
+            lambda given=damaged: max_sim([query, query[:1]], given, similarity=similarity),
+            lambda given=damaged: max_sim(query.double(), given, similarity=similarity),
+        ):
+            with pytest.raises(ValueError, match=f"document {count - 1} holds NaN, infinity"):
+                call()
+        asked = query.clone()
+        asked[1, 0] = damage
+        for call in (
+            lambda wrong=asked, given=documents, k=top_k: rerank(wrong, given, k),
+            lambda wrong=asked, given=documents: max_sim([wrong], given, similarity=similarity),
+        ):
+            with pytest.raises(ValueError, match="query 0 holds NaN, infinity"):
+                call()
+
+
+def test_large_numbers_are_no_infinity(generator, passes):
+    """Squares of these overflow in float32, and sums of these products; scores do not."""
+    documents = [item * 1e20 for item in ragged(generator, generator.integers(1, 9, 60))]
+    query = unit_vectors(generator, 5)
+    assert_exact(query, documents, 10)
+    assert_exact(query * 1e18, documents, 60)
+    np.testing.assert_allclose(max_sim(query, documents).numpy(), brute_force([query], documents), rtol=1e-4)
+    with pytest.raises(ValueError, match="document 0 holds NaN, infinity or numbers too large for torch"):
+        rerank(query, [documents[0].double() * 1e30])
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 3e18], ids=str)
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_prepared_documents_of_one_sign_only_and_of_large_norms(scale, sign):
+    """All similarities negative, all positive, and so large that bfloat16's products come near to overflow."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.rand(5, 16, generator=generator)
+    documents = [sign * scale * torch.rand(7, 16, generator=generator) for _ in range(300)]
+    scores = torch.stack([(query.double() @ document.double().T).amax(1).sum() for document in documents]).float()
+    expected = scores.sort(descending=True, stable=True)
+    found = rerank(query, PackedDocuments(documents), 10)
+    assert torch.equal(found.positions, expected.indices[:10])
+    assert torch.equal(found.scores, expected.values[:10])
+    found = rerank(query * 3e18, PackedDocuments(documents), 10)
+    assert torch.equal(found.positions, expected.indices[:10])

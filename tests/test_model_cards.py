@@ -82,6 +82,19 @@ def test_metadata(folder):
     assert re.fullmatch(r"[a-z0-9._-]+", results[0].dataset_type)
 
 
+@pytest.mark.parametrize(
+    ("languages", "expected"),
+    [(["en_XX", "zh_CN", "yue_Hant", "zh_TW"], ["en", "zh", "yue"]), (["pt_XX"], "pt")],
+)
+def test_languages_are_the_configuration_s(tmp_path, languages, expected):
+    config = load_preset("colbert_xm", "tiny", languages=languages, default_language=languages[0])
+    config.save_pretrained(tmp_path)
+    text = write_card(tmp_path).read_text()
+    assert header(text)["language"] == expected and metadata_errors(text) == []
+    assert "81" not in text and f"| languages | {', '.join(languages)};" in text
+    assert header(build_card(tmp_path, language="fr"))["language"] == "fr"
+
+
 def test_sections_without_a_source_are_absent(folder):
     text = str(build_card(folder))
     for section in ("## Evaluation", "## Quantization", "## Training", "## License"):
@@ -329,7 +342,7 @@ def test_clear_errors(folder, tmp_path):
         with pytest.raises(ValueError, match=r"expected \{'dataset': name.*found"):
             build_card(folder)
     (folder / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(ValueError, match="type 'bert'; known families"):
+    with pytest.raises(ValueError, match=r"type 'bert'; known families.*converted first"):
         build_card(folder)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
 from safetensors.numpy import load_file, save_file
 
@@ -17,6 +18,7 @@ from rarezoo.retrieval import multi_vector_segments
 from rarezoo.retrieval.multi_vector_embeddings import MultiVectorEmbeddings
 from rarezoo.retrieval.multi_vector_index import PRECISIONS, MultiVectorIndex
 from rarezoo.retrieval.residual_codec import ResidualCodec
+from rarezoo.retrieval.sparse_embeddings import SparseEmbeddings
 
 from .folders import contents, file_limit
 
@@ -363,6 +365,12 @@ def test_mistakes_are_named(small, tmp_path: Path) -> None:
     for name in ("top_k", "num_cells", "num_candidates"):
         with pytest.raises(ValueError, match=f"{name} must be at least 1; found 0"):
             index.search([row], **{name: 0})
+        with pytest.raises(TypeError, match=rf"{name} must be a whole number; found 1\.5"):
+            index.search([row], **{name: 1.5})
+    sparse = SparseEmbeddings(["a"], scipy.sparse.csr_matrix(np.ones((1, DIM))))
+    for call in (lambda: MultiVectorIndex.build(sparse, tmp_path / "new"), lambda: index.add(sparse)):
+        with pytest.raises(TypeError, match=r"MultiVectorIndex holds multi-vector embeddings: .* SparseEmbeddings$"):
+            call()
     with pytest.raises(ValueError, match=r"precision must be one of 'float32'.*found '3-bit'"):
         MultiVectorIndex.build(container(rows), tmp_path / "new", "3-bit")
     with pytest.raises(ValueError, match="'float32' has no centroids"):

@@ -97,10 +97,10 @@ def test_texts_without_vectors_become_zeros() -> None:
 
 
 def test_mistakes_are_named() -> None:
-    with pytest.raises(ValueError, match="num_repetitions must be at least 1; found 0"):
-        Muvera(8, num_repetitions=0)
-    with pytest.raises(ValueError, match="final_dim must be at least 1; found -3"):
-        Muvera(8, final_dim=-3)
+    for name in ("num_repetitions", "num_hyperplanes", "projected_dim", "final_dim"):
+        for value in (0, -3, 1.5):
+            with pytest.raises(ValueError, match=f"{name} must be a whole number and at least 1; found {value}"):
+                Muvera(8, **{name: value})
     with pytest.raises(ValueError, match="at most 16"):
         Muvera(8, num_hyperplanes=17)
     with pytest.raises(ValueError, match="expected vectors of 8 dimensions, found 4"):

@@ -144,6 +144,58 @@ def test_damaged_directories_are_named(tmp_path: Path) -> None:
         PlaidDirectory(folder)
 
 
+def changed_json(path: Path, **entries) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+def test_an_inconsistent_directory_leaves_no_index_behind(tmp_path: Path) -> None:
+    export_plaid(MultiVectorIndex.build(documents(), tmp_path / "index", "2-bit"), tmp_path / "whole")
+    (tmp_path / "whole" / "document_ids.json").unlink()
+    lengths = json.loads((tmp_path / "whole" / "doclens.0.json").read_text())
+    longest = max(lengths)
+    split = [1, longest - 1, *(sorted(lengths)[:-1])]
+    damages = {
+        r"0\.metadata\.json and doclens\.0\.json contradict": [
+            lambda folder: changed_json(folder / "0.metadata.json", num_passages=59),
+            lambda folder: changed_json(folder / "0.metadata.json", num_embeddings=7),
+            lambda folder: (folder / "doclens.0.json").write_text(json.dumps(split)),
+        ],
+        r"metadata\.json is damaged: it tells of 0 chunks, but there are files of chunk 0": [
+            lambda folder: changed_json(folder / "metadata.json", num_chunks=0)
+        ],
+        r"/metadata\.json is damaged: 'num_chunks' is missing": [
+            lambda folder: changed_json(folder / "metadata.json", num_chunks=None)
+        ],
+        r"0\.metadata\.json is damaged: 'num_passages' is missing": [
+            lambda folder: changed_json(folder / "0.metadata.json", num_passages="60")
+        ],
+        r"doclens\.0\.json is damaged: expected a list of lengths": [
+            lambda folder: (folder / "doclens.0.json").write_text(json.dumps([-1, longest + 1, *sorted(lengths)[:-1]])),
+            lambda folder: (folder / "doclens.0.json").write_text("[1.5]"),
+        ],
+        r"0\.metadata\.json is missing": [lambda folder: (folder / "0.metadata.json").unlink()],
+    }
+    for message, ways in damages.items():
+        for damage in ways:
+            folder = shutil.copytree(tmp_path / "whole", tmp_path / "damaged")
+            damage(folder)
+            with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+                import_plaid(folder, tmp_path / "new")
+            assert str(folder) in str(caught.value)
+            assert not (tmp_path / "new").exists() and not list(tmp_path.glob(".*"))
+            shutil.rmtree(folder)
+    assert len(import_plaid(tmp_path / "whole", tmp_path / "new")) == 60
+
+
+def test_stored_parts_that_do_not_fit_leave_no_index_behind(tmp_path: Path) -> None:
+    index = MultiVectorIndex.build(documents(), tmp_path / "index", "2-bit")
+    ((ids, lengths, stored),) = index.iter_stored()
+    for part in ((ids[1:], lengths, stored), (ids, lengths, {**stored, "codes": stored["codes"][1:]})):
+        with pytest.raises(ValueError, match="one length per identifier and one row per vector; found"):
+            MultiVectorIndex.build_from_stored([part], tmp_path / "new", index.codec)
+        assert not (tmp_path / "new").exists() and not list(tmp_path.glob(".*"))
+
+
 def test_what_colbert_ai_cannot_hold_is_refused(tmp_path: Path) -> None:
     index = MultiVectorIndex.build(documents(dim=64), tmp_path / "int8", "int8")
     with pytest.raises(ValueError, match="vectors in int8"):

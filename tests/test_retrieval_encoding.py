@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from rarezoo.mistral_splade import MistralSpladeForRetrieval, MistralSpladeProcessor
-from rarezoo.retrieval import Document, SparseEmbeddings, encode_corpus, model_fingerprint
+from rarezoo.retrieval import Document, SparseEmbeddings, build_index, encode_corpus, model_fingerprint
 from rarezoo.retrieval.fingerprint import processor_fingerprint
 
 from .folders import contents
@@ -419,3 +419,14 @@ def test_processor_fingerprint_survives_use(processor, splade_checkpoint: Path) 
     for setting in ({"prompt": "another"}, {"document_template": "{%%text%%}"}, {"max_query_length": 9}):
         other = MistralSpladeProcessor.from_pretrained(splade_checkpoint, **setting)
         assert processor_fingerprint(other) != before
+
+
+@pytest.mark.parametrize("texts", [["one text", "another"], "one text"])
+def test_bare_strings_are_no_documents(model, processor, texts, tmp_path):
+    with pytest.raises(TypeError, match=r"expected objects with id and text, such as Document\(id, text\).* found 'o"):
+        encode_corpus(model, processor, texts, tmp_path / "x")
+
+
+def test_bare_vectors_are_no_embeddings(tmp_path):
+    with pytest.raises(TypeError, match=r"expected embeddings with identifiers.* found list"):
+        build_index([torch.ones(2, 4)], tmp_path / "x")

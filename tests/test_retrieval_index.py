@@ -17,7 +17,15 @@ import scipy.sparse
 import torch
 from safetensors.numpy import load_file
 
-from rarezoo.retrieval import SparseEmbeddings, SparseIndex, segmented_index, sparse_index, storage
+from rarezoo.retrieval import (
+    MultiVectorEmbeddings,
+    SparseEmbeddings,
+    SparseIndex,
+    segmented_index,
+    sparse_index,
+    storage,
+)
+from rarezoo.retrieval.identifiers import PackedIds
 
 from .folders import contents
 
@@ -333,6 +341,10 @@ def test_bad_arguments(small: tuple[SparseIndex, SparseEmbeddings]) -> None:
     for name in ("top_k", "num_threads"):
         with pytest.raises(ValueError, match=f"{name} must be at least 1; found 0"):
             index.search(documents.matrix, **{name: 0})
+        for value in (1.5, "3", True):
+            with pytest.raises(TypeError, match=f"{name} must be a whole number; found {value!r}"):
+                index.search(documents.matrix, **{name: value})
+    assert index.search(documents.matrix, top_k=np.int32(2)) == index.search(documents.matrix, top_k=2)
     with pytest.raises(TypeError, match="ndarray"):
         index.search(documents.matrix.toarray())
 
@@ -441,6 +453,34 @@ def test_a_missing_entry_of_the_manifest_is_named(small, name: str) -> None:
     path.write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=rf"index\.json is damaged: the entry '{name}' is missing$"):
         SparseIndex.open(path.parent)
+
+
+def test_embeddings_of_the_other_kind_are_refused(small, tmp_path: Path) -> None:
+    other = MultiVectorEmbeddings(["a"], np.ones((1, 20), dtype=np.float32), [1])
+    before = contents(small[0].folder)
+    for call in (lambda: SparseIndex.build(other, tmp_path / "new"), lambda: small[0].add(other)):
+        with pytest.raises(TypeError, match=r"SparseIndex holds sparse embeddings: .* found MultiVectorEmbeddings$"):
+            call()
+    assert contents(small[0].folder) == before and not (tmp_path / "new").exists()
+
+
+def test_identifiers_with_half_a_surrogate_pair(small, tmp_path: Path) -> None:
+    """They are named where documents get them, and unknown where documents are looked for."""
+    index, _ = small
+    matrix = scipy.sparse.csr_matrix(np.ones((2, 20), dtype=np.float32))
+    rows, ids = np.ones((2, 20), dtype=np.float32), ["a", "b\ud800"]
+    for call in (
+        lambda: SparseEmbeddings(ids, matrix),
+        lambda: MultiVectorEmbeddings(ids, rows, [1, 1]),
+        lambda: PackedIds.pack(ids),
+    ):
+        with pytest.raises(ValueError, match=r"the identifier 'b\\ud800' holds half of a surrogate pair") as caught:
+            call()
+        assert type(caught.value) is ValueError
+    assert "b\ud800" not in index
+    assert index.search(matrix, subset=ids) == [[], []]
+    with pytest.raises(ValueError, match=r"no document 'b\\ud800' \(1 of 1 unknown\)"):
+        index.delete(ids[1:])
 
 
 def test_building_never_overwrites(small: tuple[SparseIndex, SparseEmbeddings]) -> None:

@@ -101,6 +101,22 @@ def test_rows_know_where_they_stand(tmp_path, name):
     assert batch == ROWS and [row.where for row in batch] == places
 
 
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_a_byte_order_mark_is_no_text(tmp_path, ending):
+    def write(name, text):
+        content = b"\xef\xbb\xbf" + text.encode()
+        (tmp_path / f"{name}{ending}").write_bytes(gzip.compress(content) if ending else content)
+        return tmp_path / f"{name}{ending}"
+
+    assert read_text_table(write("plain.tsv", "0\ta\n1\tb\n")) == {"0": "a", "1": "b"}
+    assert read_text_table(write("header.tsv", "id\ttext\n0\ta\n")) == {"0": "a"}
+    assert list(read_training_rows(write("rows.jsonl", '{"query": "a", "positive": "b"}\n'))) == [
+        {"query": "a", "positive": "b"}
+    ]
+    assert read_training_rows(write("triples.jsonl", "[1, 2, 3]\n"))[0]["query_id"] == 1
+    assert read_texts(write("texts.txt", "a\nb\n")) == ["a", "b"]
+
+
 @pytest.mark.parametrize("content", [b"\xff\xfe", gzip.compress(b'{"query": "a", "positive": "b"}')[:20]])
 def test_files_that_are_not_text(tmp_path, content):
     path = tmp_path / ("rows.jsonl.gz" if content.startswith(b"\x1f") else "rows.jsonl")

@@ -141,6 +141,15 @@ def test_pieces_are_as_long_as_the_model_takes(model, processor):
     assert report["steps"] == 2
 
 
+def test_of_short_texts_too_something_is_masked(model, processor):
+    """Of a batch of one token, 15 % is mostly nothing: the adapter would be as before, and the loss 0."""
+    for seed in range(4):
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        report = train_language(model, "eu", ["sea", "", " "], processor, steps=2, seed=seed, **SETTINGS)
+        assert report["first_loss"] > 0 and report["last_loss"] > 0
+        assert any(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
 def test_nothing_is_printed_but_a_progress_bar(model, processor, monkeypatch, capfd):
     shown_bar = functools.partial(trainer_callback.tqdm, disable=False)
     monkeypatch.setattr(trainer_callback, "tqdm", shown_bar)
@@ -207,6 +216,8 @@ def test_an_interrupted_run_goes_on(model, processor, folder, tmp_path):
         ("xx", ["a"], {}, "no adapter for the language 'xx'"),
         ("eu", [], {}, "needs texts"),
         ("eu", ["a", 3], {}, "needs texts"),
+        ("eu", ["", " \n"], {}, "all 2 are blank: there is no token to mask"),
+        ("eu", ["a"], {"masked_share": 0.0}, "masked_share must be above 0 and at most 1, found 0.0"),
         ("eu", ["a"], {"steps": 0}, "steps must be at least 1"),
         ("eu", ["a"], {"max_length": 2}, "max_length must be at least 3"),
     ],

@@ -446,6 +446,18 @@ def test_files_tell_the_kind_of_recipe(tmp_path, suffix, trained, splade_checkpo
     assert type(load_recipe(tmp_path / "preset.yaml")) is SparseTrainingRecipe
 
 
+def test_families_as_people_type_them(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("family: colbert-xm\npreset: tiny\nnway: 3\n")
+    assert load_recipe(file) == LateInteractionRecipe(preset="tiny", nway=3)
+    file.write_text("family: colbert_mx\npreset: tiny\nnway: 3\n")
+    message = r"recipe\.yaml: unknown family 'colbert_mx' \(did you mean colbert_xm\?\); known families: mistral_splade"
+    with pytest.raises(ValueError, match=message):
+        load_recipe(file)
+    with pytest.raises(ValueError, match="unknown family 'bert'; known families"):
+        LateInteractionRecipe(preset="tiny", family="bert")
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

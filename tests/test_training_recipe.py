@@ -102,6 +102,8 @@ def test_recipe_files(tmp_path, suffix):
         ({"preset": "tiny", "lora": True}, "a preset has none"),
         ({"preset": "tiny", "initialization": "zero"}, "initialization must be"),
         ({"model": "m", "quantization": "int8"}, "quantization must be"),
+        ({"model": "m", "dtype": "float7"}, "dtype must be null, 'float32', 'bfloat16' or 'float16', found 'float7'"),
+        ({"model": "m", "lora_dropout": 1.0}, "lora_dropout must be at least 0 and below 1, found 1.0"),
         ({"model": "m", "quantization": "nf4", "lora": False}, "quantized weights cannot be trained"),
     ],
 )
@@ -322,7 +324,8 @@ def test_rows_by_id(tmp_path):
         ({}, [], ValueError, "no training rows"),
         ({"training_data": "nowhere.jsonl"}, None, FileNotFoundError, "no training data at nowhere.jsonl"),
         ({"preset": "huge"}, rows(), KeyError, "unknown preset 'huge'"),
-        ({"family": "bert"}, rows(), ValueError, "no sparse retriever"),
+        ({"family": "bert"}, rows(), ValueError, "unknown family 'bert'; known families: mistral_splade"),
+        ({"family": "colbert-xm"}, rows(), ValueError, "'colbert_xm' is no sparse retriever"),
         ({"processor": {"attention_mode": "plain"}}, rows(), ValueError, "set the same in the recipe"),
     ],
 )
@@ -330,6 +333,98 @@ def test_train_errors(tmp_path, overrides, given, error, message):
     with pytest.raises(error, match=message):
         train(small_recipe(**overrides), tmp_path / "run", rows=given)
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"config": {"hidden_size": 64}}, r"config: with \{'hidden_size': 64\}, weights would have other shapes than"),
+        ({"lora": True, "lora_target_modules": ["q_proj", "query"]}, "lora_target_modules: .* has no layer query; the"),
+        ({"lora": True, "lora_target_modules": ["norm"]}, "lora_target_modules: Target module .* is not supported"),
+    ],
+)
+def test_what_does_not_fit_the_stored_model(tmp_path, base, settings, message):
+    """One line that names the field, and nothing on disk."""
+    with pytest.raises(ValueError, match=f"^{message}.*$"):
+        train(SparseTrainingRecipe(model=str(base), **settings), tmp_path / "run", rows=rows())
+    assert not (tmp_path / "run").exists()
+
+
+class Fails(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise ValueError("something else")
+
+
+def test_a_run_that_fails_leaves_its_folder_free(tmp_path, base):
+    """Until there is a checkpoint from which it can go on."""
+    bad = [*rows(20), {"query": "no positive"}]
+    recipe = SparseTrainingRecipe(model=str(base), max_steps=6, batch_size=21, save_steps=4)
+    with pytest.raises(ValueError, match="positive"):
+        train(recipe, tmp_path / "run", rows=bad)
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ValueError, match="something else"):
+        train(recipe, tmp_path / "run", rows=rows(), callbacks=[Fails(3)])
+    assert not list((tmp_path / "run").iterdir())
+    with pytest.raises(ValueError, match="something else"):
+        train(recipe, tmp_path / "run", rows=rows(), callbacks=[Fails(5)])
+    with pytest.raises(FileExistsError):
+        train(recipe, tmp_path / "run", rows=rows())
+    assert train(recipe, tmp_path / "run", rows=rows(), resume=True)["steps"] == 6
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["mistral_splade", "colbert_xm"])
+def test_what_lora_does_not_train_is_not_rounded(tmp_path, base, colbert_fixtures, family, dtype):
+    """Training computes with frozen weights in bfloat16; the merged model has those of the source, bit for bit."""
+    source, recipe = tmp_path / "source", SparseTrainingRecipe
+    if family == "colbert_xm":
+        convert("colbert_xm", colbert_fixtures / "checkpoint", source, dtype=dtype)
+        recipe = LateInteractionRecipe
+    else:
+        AutoModel.from_pretrained(base, dtype=dtype).save_pretrained(source)
+        AutoProcessor.from_pretrained(base).save_pretrained(source)
+    settings = dict(lora=True, batch_size=8, max_steps=4, learning_rate=1e-1, save_steps=0)
+    train(recipe(model=str(source), **settings), tmp_path / "run", rows=rows())
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "run"))
+    before = {name: tensor for name, tensor in before.items() if ".pooler." not in name}
+    assert before.keys() == after.keys()
+    trained = {name.split("base_model.model.")[1].split(".lora_")[0] + ".weight"
+               for name in load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")}  # fmt: skip
+    assert 0 < len(trained) < len(before)
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype == getattr(torch, dtype)
+        assert torch.equal(after[name], tensor) != (name in trained), name
+    assert AutoModel.from_pretrained(tmp_path / "run").dtype == getattr(torch, dtype)
+
+
+def test_lora_keeps_the_new_projection_of_a_language_model(tmp_path, colbert_fixtures):
+    """Weights that the source lacks are those that the adapter was trained with."""
+    source = colbert_fixtures / "checkpoint"
+    config = ColBERTXMConfig.from_pretrained(source)
+    XmodModel(XmodConfig(**{name: getattr(config, name) for name in XmodConfig.__annotations__})).save_pretrained(
+        tmp_path / "xmod"
+    )
+    recipe = LateInteractionRecipe(
+        model=str(tmp_path / "xmod"), tokenizer=str(source), processor={"max_document_length": 64}, lora=True,
+        lora_on_head=True, batch_size=8, max_steps=3, save_steps=0, learning_rate=1e-2,
+    )  # fmt: skip
+    seen = {}
+
+    class Look(TrainerCallback):
+        def on_train_end(self, args, state, control, model=None, **kwargs):
+            seen["projection"] = model.get_base_model().linear.get_delta_weight("default") + (
+                model.get_base_model().linear.base_layer.weight
+            )
+
+    train(recipe, tmp_path / "run", rows=rows(), callbacks=[Look()])
+    found = load_file(tmp_path / "run" / "model.safetensors")["linear.weight"]
+    assert type(AutoModel.from_pretrained(tmp_path / "run")).__name__ == "ColBERTXMForRetrieval"
+    torch.testing.assert_close(found, seen["projection"].detach().float(), atol=1e-3, rtol=1e-2)
 
 
 def test_small_models_are_trained_whole_and_large_ones_by_lora(tmp_path, base):

@@ -82,7 +82,8 @@ def train_language(
     Args:
         model: a multi-vector retriever with an X-MOD backbone.
         code: the language; any name by which the model finds it.
-        texts: raw texts in the language (`read_texts` reads files); long ones are cut into pieces.
+        texts: raw texts in the language (`read_texts` reads files); long ones are cut into pieces, blank ones left
+            out.
         processor: the retriever's processor; only its tokenizer is used.
         language_model: an X-MOD language model of the same vocabulary and width (such as facebook/xmod-base), as a
             model, folder or Hub name, whose head is used, frozen, on top of the hidden states. None multiplies them
@@ -90,7 +91,7 @@ def train_language(
         steps: optimiser steps.
         batch_size: pieces per step and process.
         max_length: tokens of a piece, `<s>` and `</s>` included; at most as many as the model has positions.
-        masked_share: share of the tokens that are to be predicted.
+        masked_share: share of the tokens that are to be predicted; of a batch, at least one token is.
         learning_rate: highest value; linear warm-up over `warmup_ratio` of the steps, then linear decay.
         chunk_size: masked tokens whose logits are in memory at one time.
         output_dir: folder for a checkpoint every tenth of the way; a run that finds one there goes on from it. None
@@ -104,11 +105,14 @@ def train_language(
 
     Raises:
         TypeError: `processor` is no processor.
-        ValueError: the model has no such language, there are no texts, or the language model does not fit.
+        ValueError: the model has no such language, there are no texts or blank ones alone, or the language model does
+            not fit.
         FloatingPointError: the loss became infinite or NaN; the adapter is of no use then.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, found {steps}")
+    if not 0 < masked_share <= 1:
+        raise ValueError(f"masked_share must be above 0 and at most 1, found {masked_share}")
     model.check_processor(processor)
     language = model.config.language_id(code)
     longest = model.config.max_position_embeddings - model.config.pad_token_id - 1
@@ -178,7 +182,10 @@ class _Masking:
     def __call__(self, pieces: list[dict[str, list[int]]]) -> dict[str, Tensor]:
         content = repr([piece["input_ids"] for piece in pieces]).encode()
         self.collator.generator = torch.Generator().manual_seed(zlib.crc32(content) ^ self.seed)
-        return self.collator(pieces)
+        batch = self.collator(pieces)
+        while (batch["labels"] == NOT_PREDICTED).all():  # few and short texts: draw again
+            batch = self.collator(pieces)
+        return batch
 
 
 @contextmanager
@@ -236,7 +243,7 @@ def _opened(source: str | Path) -> Any:
 
 
 def _pieces(tokenizer: Any, texts: Iterable[str], max_length: int) -> list[dict[str, list[int]]]:
-    """Ids of the texts, cut to `max_length` tokens each, special tokens included."""
+    """Ids of the texts, cut to `max_length` tokens each, special tokens included; those without others left out."""
     texts = list(texts)
     if not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError("train_language() needs texts: at least one, all strings")
@@ -251,4 +258,8 @@ def _pieces(tokenizer: Any, texts: Iterable[str], max_length: int) -> list[dict[
         verbose=False,
     )
     columns = ("input_ids", "attention_mask", "special_tokens_mask")
-    return [dict(zip(columns, piece)) for piece in zip(*(encoded[name] for name in columns))]
+    pieces = [dict(zip(columns, piece)) for piece in zip(*(encoded[name] for name in columns))]
+    pieces = [piece for piece in pieces if not all(piece["special_tokens_mask"])]
+    if not pieces:
+        raise ValueError(f"train_language() needs texts, but all {len(texts)} are blank: there is no token to mask")
+    return pieces

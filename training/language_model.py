@@ -24,6 +24,7 @@ from rarezoo.training.recipe import LanguageModelRecipe
 from rarezoo.training.run_folder import (
     CHECKPOINT_FOLDER,
     check_folder,
+    cleared_after_a_mistake,
     common_arguments,
     export_run,
     last_whole_checkpoint,
@@ -73,20 +74,21 @@ def train_language_model(
     evaluation_texts = _rows(evaluation_rows, recipe.evaluation_data)
     eval_dataset = None if evaluation_texts is None else pack_texts(evaluation_texts, tokenizer, recipe.sequence_length)
     checkpoints = output_dir / CHECKPOINT_FOLDER
-    trainer = LanguageModelTrainer(
-        recipe,
-        model=model,
-        args=language_model_arguments(recipe, checkpoints, eval_dataset is not None),
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        data_collator=_collator(recipe, model.config.vocab_size),
-        processing_class=tokenizer,
-        callbacks=list(callbacks),
-    )
-    show_progress_bar_alone(trainer)
-    if processes.is_main_process:
-        recipe.save_into(output_dir)
-    result = trainer.train(resume_from_checkpoint=last_whole_checkpoint(checkpoints))
+    with cleared_after_a_mistake(output_dir, resume):
+        trainer = LanguageModelTrainer(
+            recipe,
+            model=model,
+            args=language_model_arguments(recipe, checkpoints, eval_dataset is not None),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=_collator(recipe, model.config.vocab_size),
+            processing_class=tokenizer,
+            callbacks=list(callbacks),
+        )
+        show_progress_bar_alone(trainer)
+        if processes.is_main_process:
+            recipe.save_into(output_dir)
+        result = trainer.train(resume_from_checkpoint=last_whole_checkpoint(checkpoints))
     if processes.is_main_process:
         trained = trainer.accelerator.unwrap_model(model)
 

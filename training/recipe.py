@@ -127,7 +127,8 @@ class TrainingRecipe(StoredRecipe):
         lora_target_modules: names of the adapted layers; None takes the family's.
         lora_on_head: adapt the head too (the vocabulary head, or the projection to token vectors).
         quantization: None, or "nf4": keep the frozen weights in 4 bits during training (QLoRA).
-        dtype: of the loaded weights; None takes bfloat16 for frozen weights under LoRA, float32 otherwise.
+        dtype: of the loaded weights, "float32", "bfloat16" or "float16"; None takes bfloat16 for frozen weights under
+            LoRA, float32 otherwise. LoRA's merged model has the dtype of the checkpoint that `model` names.
         learning_rate: highest value; a linear warm-up, then `scheduler`.
         scheduler: name of a transformers scheduler.
         warmup_ratio: part of the steps in which the learning rate grows.
@@ -183,11 +184,17 @@ class TrainingRecipe(StoredRecipe):
     seed: int = 0
 
     def __post_init__(self):
+        if isinstance(self.family, str):
+            self.family = _family_name(self.family)
         if isinstance(self.objective, Mapping):
             self.objective = self.objective_class(**_known_fields(self.objective_class, self.objective))
         check_common_fields(self)
         if self.initialization not in ("random", "lexical"):
             raise ValueError(f"initialization must be 'random' or 'lexical', found {self.initialization!r}")
+        if self.dtype not in (None, "float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype must be null, 'float32', 'bfloat16' or 'float16', found {self.dtype!r}")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout must be at least 0 and below 1, found {self.lora_dropout}")
         if self.quantization not in (None, "nf4"):
             raise ValueError(f"quantization must be null or 'nf4', found {self.quantization!r}")
         if self.model is None and (self.lora or self.quantization):
@@ -425,13 +432,23 @@ _LANGUAGE_MODEL_TASKS = ("text", "lookup")
 
 def load_recipe(path: str | Path) -> StoredRecipe:
     """Read a recipe file, or the one stored in a checkpoint folder, of whichever kind (see `recipe_class`)."""
-    return recipe_class(_read_settings(_recipe_file(path))).load(path)
+    file = _recipe_file(path)
+    try:
+        kind = recipe_class(_read_settings(file))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    return kind.load(path)
 
 
 def recipe_class(settings: Mapping[str, Any]) -> type[StoredRecipe]:
-    """The kind of recipe, by the family that it names or else by its model's; a preset without a family is sparse."""
-    family = settings.get("family")
-    if family is None and isinstance(settings.get("model"), str):
+    """The kind of recipe, by the family that it names or else by its model's; a preset without a family is sparse.
+
+    Raises `ValueError` for a family that there is not.
+    """
+    family = None
+    if isinstance(settings.get("family"), str):
+        family = _family_name(settings["family"])
+    elif isinstance(settings.get("model"), str):
         family = family_of(settings["model"])
     representation = FAMILIES[family].representation if family in FAMILIES else "sparse"
     return _RECIPES[representation]
@@ -452,6 +469,16 @@ def _listed(value: Any) -> list[Any]:
 
 def _last_names(value: Any) -> str | list[str]:
     return [Path(path).name for path in value] if isinstance(value, (list, tuple)) else Path(value).name
+
+
+def _family_name(name: str) -> str:
+    """The table's name of a family; hyphens do for underscores."""
+    known = name.replace("-", "_")
+    if known not in FAMILIES:
+        near = difflib.get_close_matches(known, list(FAMILIES), 1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ValueError(f"unknown family {name!r}{hint}; known families: {', '.join(FAMILIES)}")
+    return known
 
 
 def _recipe_file(path: str | Path) -> Path:

@@ -41,6 +41,7 @@ from rarezoo.training.recipe import (
 from rarezoo.training.run_folder import (
     CHECKPOINT_FOLDER,
     check_folder,
+    cleared_after_a_mistake,
     common_arguments,
     export_run,
     last_whole_checkpoint,
@@ -89,7 +90,8 @@ def train(
 
     Raises:
         FileExistsError: the folder is not empty and `resume` is False.
-        FileNotFoundError, ValueError: data or model are missing, or the recipe cannot be carried out.
+        FileNotFoundError, ValueError: data or model are missing, or the recipe cannot be carried out. Before the first
+            checkpoint, nothing is left in the folder.
     """
     if isinstance(recipe, LanguageModelRecipe):
         return train_language_model(recipe, output_dir, rows, evaluation_rows, callbacks, resume)
@@ -111,23 +113,24 @@ def train(
     else:
         model, processor = load_for_training(recipe)
     args = _training_arguments(recipe, checkpoints, len(rows), evaluation_rows is not None)
-    trainer = _KINDS[type(recipe)].make_trainer(
-        recipe,
-        processor,
-        queries,
-        corpus,
-        model=model,
-        args=args,
-        train_dataset=rows,
-        eval_dataset=evaluation_rows,
-        processing_class=processor,
-        callbacks=callbacks,
-    )
-    show_progress_bar_alone(trainer)
-    if processes.is_main_process:
-        recipe = dataclasses.replace(recipe, lora=hasattr(model, "merge_and_unload"))
-        recipe.save_into(output_dir)
-    result = trainer.train(resume_from_checkpoint=last_whole_checkpoint(checkpoints))
+    with cleared_after_a_mistake(output_dir, resume):
+        trainer = _KINDS[type(recipe)].make_trainer(
+            recipe,
+            processor,
+            queries,
+            corpus,
+            model=model,
+            args=args,
+            train_dataset=rows,
+            eval_dataset=evaluation_rows,
+            processing_class=processor,
+            callbacks=callbacks,
+        )
+        show_progress_bar_alone(trainer)
+        if processes.is_main_process:
+            recipe = dataclasses.replace(recipe, lora=hasattr(model, "merge_and_unload"))
+            recipe.save_into(output_dir)
+        result = trainer.train(resume_from_checkpoint=last_whole_checkpoint(checkpoints))
     if processes.is_main_process:
         trained = trainer.accelerator.unwrap_model(model)
         export_run(output_dir, lambda scratch: _export(recipe, trained, processor, scratch), trainer.state.log_history)
@@ -253,7 +256,8 @@ def load_for_training(recipe: TrainingRecipe) -> tuple[Any, Any]:
     config = family.config_class().from_pretrained(recipe.model, **recipe.config)
     processor = _processor_for(recipe, family)
     lora = _uses_lora(recipe, config)
-    model = _load_weights(recipe, family, lora, recipe.quantization)
+    dtype = recipe.dtype or ("bfloat16" if lora else "float32")
+    model, _ = _load_weights(recipe, family, dtype, recipe.quantization)
     kind.check_pair(model, processor)
     kind.prepare(recipe, model)
     if not lora:
@@ -265,16 +269,28 @@ def load_for_training(recipe: TrainingRecipe) -> tuple[Any, Any]:
 
     targets = list(recipe.lora_target_modules or family.lora_target_modules)
     targets += family.full_precision_modules if recipe.lora_on_head else ()
+    layers = [name for name, _ in model.named_modules()]
+    unknown = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in layers)]
+    if unknown:
+        raise ValueError(
+            f"lora_target_modules: {recipe.model} has no layer {', '.join(unknown)}; the family's are "
+            f"{', '.join(family.lora_target_modules)}"
+        )
     # PEFT annotates lora_alpha as int and takes any number.
     alpha: Any = recipe.lora_alpha
     settings = LoraConfig(
         r=recipe.lora_rank, lora_alpha=alpha, lora_dropout=recipe.lora_dropout, target_modules=targets
     )
-    return get_peft_model(model, settings), processor
+    try:
+        return get_peft_model(model, settings), processor
+    except ValueError as error:
+        raise ValueError(f"lora_target_modules: {' '.join(str(error).split())}") from None
 
 
-def _load_weights(recipe: TrainingRecipe, family: Family, lora: bool, quantization: str | None) -> Any:
-    dtype = recipe.dtype or ("bfloat16" if lora else "float32")
+def _load_weights(
+    recipe: TrainingRecipe, family: Family, dtype: str, quantization: str | None = None
+) -> tuple[Any, set[str]]:
+    """The recipe's model, and the names of the weights that its checkpoint lacks, which are random."""
     options: dict[str, Any] = {"dtype": dtype, **recipe.config}
     if quantization is not None:
         from transformers import BitsAndBytesConfig
@@ -286,7 +302,16 @@ def _load_weights(recipe: TrainingRecipe, family: Family, lora: bool, quantizati
             bnb_4bit_compute_dtype=dtype,
             llm_int8_skip_modules=list(family.full_precision_modules),
         )
-    model = family.model_class().from_pretrained(str(recipe.model), **options)
+    try:
+        loaded: Any = family.model_class().from_pretrained(str(recipe.model), output_loading_info=True, **options)
+    except RuntimeError as error:
+        if not recipe.config or "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(
+            f"config: with {recipe.config}, weights would have other shapes than those of {recipe.model}; sizes can be "
+            "chosen for a preset only"
+        ) from None
+    model, report = loaded
     if recipe.lora_on_head and model.config.tie_word_embeddings:
         # Merged into a shared matrix, the head's update would change the embeddings too.
         model.config.tie_word_embeddings = False
@@ -296,7 +321,7 @@ def _load_weights(recipe: TrainingRecipe, family: Family, lora: bool, quantizati
             # bitsandbytes would pack the weights at the first evaluation, and later steps would silently give no
             # gradient to the layers below; see rarezoo.quantization.four_bit_guard.
             module.support_avx512bf16_for_cpu = False
-    return model
+    return model, set(report["missing_keys"])
 
 
 def _uses_lora(recipe: TrainingRecipe, config: Any) -> bool:
@@ -370,11 +395,15 @@ def _export(recipe: TrainingRecipe, model: Any, processor: Any, scratch: Path) -
 
 
 def _merge(recipe: TrainingRecipe, model: Any, adapter: Path) -> PreTrainedModel:
-    if recipe.quantization is None:
-        return model.merge_and_unload()
-    # Merging into 4-bit weights would round the adapter away: merge into the weights as they were before quantization.
+    """The adapter merged into the weights as they are stored, in their dtype: in those of the training, 4 bits would
+    round the adapter away, and another dtype the frozen weights."""
     from peft import PeftModel
 
-    family = _family(model.get_base_model().config.model_type, recipe.representation)
-    base = _load_weights(recipe, family, lora=True, quantization=None)
+    trained = model.get_base_model()
+    base, random = _load_weights(recipe, _stored_family(recipe), dtype="auto")
+    for name in random:  # the projection of a bare language model: that of the training
+        module, _, parameter = name.rpartition(".")
+        adapted = trained.get_submodule(module)
+        source = getattr(getattr(adapted, "base_layer", adapted), parameter)
+        base.get_parameter(name).data.copy_(source.data)
     return PeftModel.from_pretrained(base, adapter).merge_and_unload()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from rarezoo.training.recipe import RECIPE_FILE, StoredRecipe, write_whole
+from rarezoo.training.recipe import PATHS_FILE, RECIPE_FILE, StoredRecipe, write_whole
 
 logger = logging.get_logger(__name__)
 
@@ -76,6 +76,25 @@ def common_arguments(recipe: Any, folder: Path, max_steps: int, evaluates: bool)
         "seed": recipe.seed,
         option: recipe.activation_checkpointing,
     }
+
+
+@contextmanager
+def cleared_after_a_mistake(output_dir: Path, resume: bool) -> Iterator[None]:
+    """A new run that ends in an error before its first checkpoint leaves nothing, so that it can begin again there. One
+    that is interrupted stays as it is."""
+    existed = output_dir.exists()
+    try:
+        yield
+    except Exception:
+        checkpoints = output_dir / CHECKPOINT_FOLDER
+        if not resume and last_whole_checkpoint(checkpoints) is None:
+            shutil.rmtree(checkpoints, ignore_errors=True)
+            for name in (RECIPE_FILE, PATHS_FILE):
+                (output_dir / name).unlink(missing_ok=True)
+            if not existed:
+                with suppress(OSError):
+                    output_dir.rmdir()
+        raise
 
 
 def last_whole_checkpoint(folder: Path) -> str | None:

@@ -155,6 +155,7 @@ def _first_line(path: Path) -> str:
 
 
 def open_text(path: Path) -> IO[str]:
+    """A file of text in UTF-8, also with `.gz`; a byte-order mark at its beginning is no part of the text."""
     if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8", newline="")
-    return path.open(encoding="utf-8", newline="")
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+    return path.open(encoding="utf-8-sig", newline="")

@@ -129,6 +129,17 @@ def _file_with_projection(source: str | Path, **kwargs: Any) -> str | None:
     return None
 
 
+def find_dense_module(source: str | Path, **kwargs: Any) -> str | None:
+    """The folder of the projection in a checkpoint of PyLate or sentence-transformers, as its `modules.json` has it;
+    None where there is none."""
+    try:
+        path = _find(source, "modules.json", **kwargs)
+        modules = [] if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+        return next((entry["path"] for entry in modules if entry["type"].endswith(".Dense")), None)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not reachable, or something else
+        return None
+
+
 def _find(source: str | Path, name: str, **kwargs: Any) -> str | None:
     options = {option: kwargs[option] for option in _DOWNLOAD_OPTIONS if kwargs.get(option) is not None}
     return cached_file(

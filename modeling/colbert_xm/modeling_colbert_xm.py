@@ -8,6 +8,7 @@ to 4).
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from transformers.models.xmod.modeling_xmod import XmodAdapter, XmodOutput, Xmod
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
 
-from .colbert_metadata import PROJECTION, write_metadata
+from .colbert_metadata import PROJECTION, find_dense_module, write_metadata
 from .configuration_colbert_xm import ColBERTXMConfig
 from .language_codes import check_new_code
 from .max_sim import Ranking, max_sim, rerank
@@ -151,6 +152,10 @@ class ColBERTXMPreTrainedModel(XmodPreTrainedModel):
             language = [language(text) for text in texts]
         if language is None or isinstance(language, str):
             language = [language] * len(texts)
+        if not hasattr(language, "__len__"):
+            raise TypeError(
+                f"language must be a string such as 'fr_XX', one for each text, or a function; found {language!r}"
+            )
         if len(language) != len(texts):
             raise ValueError(f"expected one language per text: {len(texts)} texts, {len(language)} languages")
         known = {name: self.config.language_id(name) for name in set(language)}
@@ -227,6 +232,7 @@ class ColBERTXMModel(ColBERTXMPreTrainedModel, XmodModel):
             `last_hidden_state` (batch, length, hidden_size) in the model's dtype, `pooler_output` None.
 
         Raises:
+            TypeError: `lang_ids` are no whole numbers.
             ValueError: more tokens than positions, or `lang_ids` of another shape or outside of `config.languages`.
         """
         inputs = input_ids if input_ids is not None else inputs_embeds
@@ -235,7 +241,10 @@ class ColBERTXMModel(ColBERTXMPreTrainedModel, XmodModel):
         if lang_ids is None:
             languages = self.config.default_language
         else:
-            lang_ids = torch.as_tensor(lang_ids, device=self.device).long()
+            lang_ids = torch.as_tensor(lang_ids, device=self.device)
+            if lang_ids.is_floating_point() or lang_ids.is_complex() or lang_ids.dtype == torch.bool:
+                raise TypeError(f"lang_ids must be whole numbers, indices in config.languages; found {lang_ids.dtype}")
+            lang_ids = lang_ids.long()
             if inputs is not None and lang_ids.shape != inputs.shape[:1]:
                 raise ValueError(
                     f"expected lang_ids of shape (batch,) = ({inputs.shape[0]},); found {tuple(lang_ids.shape)}"
@@ -307,8 +316,19 @@ class ColBERTXMForRetrieval(ColBERTXMPreTrainedModel):
         )
 
     def tie_weights(self, missing_keys=None, recompute_mapping=True):
-        """As in transformers, with a word on a checkpoint without a projection: nothing is tied to it."""
+        """As in transformers, with a word on a checkpoint without a projection: nothing is tied to it.
+
+        Raises:
+            ValueError: there is one, in PyLate's or sentence-transformers' layout.
+        """
         if missing_keys and PROJECTION in missing_keys:
+            source = self.config._name_or_path
+            dense = find_dense_module(source, revision=getattr(self.config, "_commit_hash", None))
+            if dense is not None:
+                raise ValueError(
+                    f"{source} has its projection in {dense}/, where PyLate and sentence-transformers keep it; convert "
+                    f"it first: rarezoo convert colbert_xm {source} DESTINATION"
+                )
             logger.warning(
                 f"The checkpoint has no {PROJECTION}: the projection is random, and until it is trained the vectors "
                 "mean nothing. If the checkpoint is a backbone alone, open it with ColBERTXMModel."
@@ -399,7 +419,7 @@ class ColBERTXMForRetrieval(ColBERTXMPreTrainedModel):
         return self._encode_texts("document", texts, process, language, batch_size, show_progress_bar)
 
     def _encode_texts(self, kind, texts, process, language, batch_size, show_progress_bar) -> list[torch.Tensor]:
-        if not isinstance(batch_size, int) or batch_size < 1:
+        if not isinstance(batch_size, Integral) or isinstance(batch_size, bool) or batch_size < 1:
             raise ValueError(f"batch_size must be a whole number of at least 1; found {batch_size!r}")
         texts = list_texts(texts)
         lang_ids = self.language_ids(language, texts)
@@ -444,11 +464,12 @@ class ColBERTXMForRetrieval(ColBERTXMPreTrainedModel):
             )
         return processor
 
-    def score(self, queries, documents, **masks) -> torch.Tensor:
-        """MaxSim of all queries with all documents, by `config.similarity`; see `max_sim` for the forms of inputs.
+    def score(self, queries, documents, *, similarity: str | None = None, **masks) -> torch.Tensor:
+        """MaxSim of all queries with all documents; see `max_sim` for the forms of inputs.
 
         Args:
             queries, documents: as `encode_queries` and `encode_documents` give them, or padded with masks.
+            similarity: "cosine" or "l2"; None means `config.similarity`.
 
         Returns:
             (queries, documents) float32.
@@ -456,7 +477,8 @@ class ColBERTXMForRetrieval(ColBERTXMPreTrainedModel):
         Raises:
             TypeError, ValueError: inputs of another form, shape or dim.
         """
-        return max_sim(queries, documents, similarity=self.config.similarity, **masks)
+        similarity = self.config.similarity if similarity is None else similarity
+        return max_sim(queries, documents, similarity=similarity, **masks)
 
     def rerank(self, query, documents, top_k: int = 10, **masks) -> Ranking:
         """The best documents of one query, exactly; see `max_sim.rerank` for the forms of inputs.

@@ -23,6 +23,7 @@ from .colbert_metadata import (
 _LONGEST_FULL_QUERY = 500
 # What it leaves to a query and its context together.
 _LONGEST_INPUT = 512
+_SHORTEST_CONTEXT = 2  # one token and `</s>`
 
 
 class ColBERTXMProcessor(ProcessorMixin):
@@ -49,7 +50,8 @@ class ColBERTXMProcessor(ProcessorMixin):
             symbol; the published weights were trained so.
         skiplist_tokens (`list[str]`, *optional*):
             Tokens whose vectors documents do not keep, instead of those that `mask_punctuation` finds: for checkpoints
-            that PyLate trained with a list of its own.
+            that PyLate trained with a list of its own. Each is one token of the vocabulary; `<unk>` stands for all
+            that are none, default markers included.
     """
 
     _auto_class = "AutoProcessor"
@@ -77,9 +79,10 @@ class ColBERTXMProcessor(ProcessorMixin):
         for field, value in (("query_marker", query_marker), ("document_marker", document_marker)):
             if not isinstance(value, str) or not value:
                 raise ValueError(f"{field} must be a token; found {value!r}")
-        if skiplist_tokens is not None and not all(isinstance(token, str) for token in skiplist_tokens):
+        if isinstance(skiplist_tokens, str) or not all(isinstance(token, str) for token in skiplist_tokens or ()):
             raise ValueError(f"skiplist_tokens must be a list of tokens; found {skiplist_tokens!r}")
         super().__init__(tokenizer, chat_template=chat_template)
+        self._check_known(skiplist_tokens or ())
         self.max_query_length = max_query_length
         self.max_document_length = max_document_length
         self.query_marker = query_marker
@@ -142,7 +145,8 @@ class ColBERTXMProcessor(ProcessorMixin):
             texts: one text or several.
             full_length: do not cut at `max_query_length`: the batch is as long as its longest query has tokens without
                 special ones, at most 500 (colbert-ai's `full_length_search`).
-            context: background text per query, whose ids without the first follow the query's, as colbert-ai has it.
+            context: background text per query, whose ids without the first follow the query's, as colbert-ai has it;
+                cut where both together would have more than 512 tokens.
 
         Returns:
             `input_ids`, `attention_mask` and `keep_mask` (1: every vector of a query counts, but not the padding of
@@ -150,7 +154,8 @@ class ColBERTXMProcessor(ProcessorMixin):
 
         Raises:
             TypeError: a text is no string.
-            ValueError: there are no texts, another number of contexts, or half of a surrogate pair in a text.
+            ValueError: there are no texts, another number of contexts, queries so long that contexts have no room, or
+                half of a surrogate pair in a text.
         """
         texts = _as_list(texts)
         length = self.max_query_length
@@ -199,6 +204,17 @@ class ColBERTXMProcessor(ProcessorMixin):
             return []
         return self._punctuation_ids
 
+    def _check_known(self, tokens: Sequence[str]) -> None:
+        """Raise `ValueError` for tokens that the tokenizer would take for the unknown one."""
+        unknown = self.tokenizer.unk_token
+        known = (None, self.tokenizer.unk_token_id)
+        foreign = [name for name in tokens if name != unknown and self.tokenizer.convert_tokens_to_ids(name) in known]
+        if foreign:
+            raise ValueError(
+                f"skiplist_tokens must be tokens of the vocabulary; found {', '.join(map(repr, foreign))}, for which "
+                f"{unknown} would be dropped: all unknown words, and markers. Name {unknown} itself if that is meant"
+            )
+
     @cached_property
     def _punctuation_ids(self) -> list[int]:
         return sorted({ids[0] for ids in self._tokenize(list(string.punctuation), special_tokens=False)})
@@ -214,9 +230,9 @@ class ColBERTXMProcessor(ProcessorMixin):
         marker_id = self.tokenizer.convert_tokens_to_ids(marker)
         if self.marker_mode == "insert":
             rows = self._tokenize(texts, max_length=limit - 1)
-            return [[row[0], marker_id, *row[1:]] for row in rows]
+            return [[*row[:1], marker_id, *row[1:]] for row in rows]
         rows = self._tokenize(self._prefixed(texts), max_length=limit)
-        return [[row[0], marker_id, *row[2:]] for row in rows]
+        return [[*row[:1], marker_id, *row[2:]] for row in rows]
 
     def _prefixed(self, texts: list[str]) -> list[str]:
         """With the placeholder that the "replace" marker overwrites."""
@@ -229,7 +245,13 @@ class ColBERTXMProcessor(ProcessorMixin):
     def _append(self, contexts: list[str], input_ids: torch.Tensor, attention_mask: torch.Tensor):
         if len(contexts) != len(input_ids):
             raise ValueError(f"expected one context per query: {len(input_ids)} queries, {len(contexts)} contexts")
-        rows = [row[1:] for row in self._tokenize(contexts, max_length=_LONGEST_INPUT + 1 - self.max_query_length)]
+        room = _LONGEST_INPUT - input_ids.shape[1]
+        if room < _SHORTEST_CONTEXT:
+            raise ValueError(
+                f"queries of {input_ids.shape[1]} tokens leave no room for contexts, with which they may have "
+                f"{_LONGEST_INPUT}; lower max_query_length ({self.max_query_length}) or leave the contexts out"
+            )
+        rows = [row[1:] for row in self._tokenize(contexts, max_length=room + 1)]
         ids, mask = _pad(rows, self.tokenizer.pad_token_id, max(map(len, rows)))
         return torch.cat([input_ids, ids], dim=1), torch.cat([attention_mask, mask], dim=1)
 
@@ -243,9 +265,17 @@ class ColBERTXMProcessor(ProcessorMixin):
         rows = self.tokenizer(
             texts, add_special_tokens=special_tokens, padding=False, return_attention_mask=False, verbose=False
         )["input_ids"]
-        if max_length is None:
+        if max_length is None or all(len(row) <= max_length for row in rows):
             return rows
-        return [row if len(row) <= max_length else [*row[: max_length - 1], row[-1]] for row in rows]
+        suffix = self._special_suffix()
+        kept = max_length - len(suffix)
+        return [row if len(row) <= max_length else [*row[:kept], *suffix] for row in rows]
+
+    def _special_suffix(self) -> list[int]:
+        """The ids that the tokenizer puts behind every text: `</s>`, or none."""
+        bare, full = (self.tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+        start = next((place for place in range(len(full)) if full[place : place + len(bare)] == bare), 0)
+        return full[start + len(bare) :]
 
 
 def _as_list(texts: str | Sequence[str]) -> list[str]:
