@@ -139,7 +139,7 @@ def test_a_language_model_has_no_projection(official, tmp_path, caplog):
 
 def test_a_projection_in_a_folder_of_its_own_is_not_passed_over(colbert_fixtures, layouts):
     for folder in (colbert_fixtures / "pylate_checkpoint", layouts / "pylate"):
-        with pytest.raises(ValueError, match=r"projection in 1_Dense/, .* rarezoo convert colbert_xm \S+ DESTINATION"):
+        with pytest.raises(ValueError, match=r"projection in 1_Dense/, .* `convert colbert_xm \S+ DESTINATION`"):
             ColBERTXMForRetrieval.from_pretrained(folder)
 
 

@@ -327,7 +327,7 @@ class ColBERTXMForRetrieval(ColBERTXMPreTrainedModel):
             if dense is not None:
                 raise ValueError(
                     f"{source} has its projection in {dense}/, where PyLate and sentence-transformers keep it; convert "
-                    f"it first: rarezoo convert colbert_xm {source} DESTINATION"
+                    f"it first, by the command line's `convert colbert_xm {source} DESTINATION`"
                 )
             logger.warning(
                 f"The checkpoint has no {PROJECTION}: the projection is random, and until it is trained the vectors "
