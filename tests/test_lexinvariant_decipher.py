@@ -51,7 +51,6 @@ def toy_model(**fields):
             initialization="mimetic",
             key_smear=True,
             attn_scale_init=8.0,
-            final_norm_init=0.2,
             **fields,
         )
     )
@@ -63,7 +62,7 @@ def probe():
     model, generator = toy_model(table="canonical", canonical_size=8), seeded()
     corpus = toy_texts(300, generator)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(120):
+    for _ in range(300):
         batch = corpus[torch.randint(300, (16,), generator=generator)]
         model(input_ids=batch, labels=batch).loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
