@@ -34,6 +34,7 @@ class Case:
         embed: function of (input embeddings, inputs) that gives what `input_ids` become.
         variants: further configuration fields under which attention must be right.
         vocabulary_head: whether the heads end in a matrix over the vocabulary.
+        gradient_size: of the largest gradients that the common tests compute, to which their rounding is relative.
         trained: whether a parameter of that name gets a gradient from `inputs`.
         suite_configs: part of a name -> fields for transformers' own common tests, which expect its usual
             initialization.
@@ -53,6 +54,7 @@ class Case:
     )
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
     vocabulary_head: bool = True
+    gradient_size: float = 1.0
     trained: Callable[[str], bool] = lambda name: True
     suite_configs: dict[str, dict[str, Any]] = field(default_factory=lambda: {"": {}})
     suite_skips: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -226,6 +228,7 @@ CASES = {
         ),
         Case(
             family="lexinvariant",
+            gradient_size=20.0,
             config=dict(
                 vocab_size=160,
                 hidden_size=32,

@@ -119,17 +119,16 @@ def test_gradient_checkpointing(head, use_reentrant):
     found = gradients(case, auto_class, model, inputs)
     assert len(runs) == 2 * len(layers)  # once forward, once again for the backward pass
     for name, gradient in expected.items():
-        largest = max(1.0, gradient.abs().max().item())
-        torch.testing.assert_close(found[name], gradient, atol=1e-6 * largest, rtol=1e-5, msg=name)
+        torch.testing.assert_close(found[name], gradient, atol=1e-6 * case.gradient_size, rtol=1e-5, msg=name)
 
 
 def test_no_dropout_of_its_own_in_training(head):
     """Training mode without dropout probabilities computes what evaluation computes."""
     case, auto_class = head
     model, inputs = case.build(auto_class), case.batch(auto_class)
+    model.config.use_cache = False  # training keeps none, and kernels round by how tensors lie in memory
     expected = case.answer(model, auto_class, inputs)
-    # Not to the bit: language models keep no cache while training, and kernels round by how tensors lie in memory.
-    assert_close(case.answer(model.train(), auto_class, inputs), expected)
+    assert torch.equal(case.answer(model.train(), auto_class, inputs), expected)
 
 
 @torch.no_grad()
