@@ -124,16 +124,16 @@ class Vocabulary:
         """The tokenizer's own encoding of texts, without special tokens."""
         return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if len(texts) else []
 
-    def pieces(self, byte_strings: Sequence[bytes], rows: int) -> list[list[int]]:
+    def pieces(self, byte_strings: Sequence[bytes], rows: int, *, model_only: bool = False) -> list[list[int]]:
         """Every byte string cut into tokens of the vocabulary whose bytes, joined, are that string.
 
         The first of these that gives back the bytes: the tokenizer's pre-tokenizer and model (where pre-tokenization
-        adds nothing), its model alone, and the fewest pieces (the longest first). Only ordinary tokens with ids below
-        `rows` occur. A string that cannot be built gets [].
+        adds nothing; not with `model_only`), its model alone, and the fewest pieces (the longest first). Only ordinary
+        tokens with ids below `rows` occur. A string that cannot be built gets [].
         """
         pieces: list[list[int]] = [[] for _ in byte_strings]
         missing = [position for position, raw in enumerate(byte_strings) if raw]
-        for encoder, spelling in self._encoders:
+        for encoder, spelling in self._encoders[-1:] if model_only else self._encoders:
             spelled = [(position, spelling(byte_strings[position])) for position in missing]
             spelled = [(position, text) for position, text in spelled if text is not None]
             encodings = encoder.encode_batch([text for _, text in spelled], add_special_tokens=False)

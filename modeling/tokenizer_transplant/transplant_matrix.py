@@ -1,7 +1,7 @@
 """The transplant matrix: every row of the new embedding tables as a sparse combination of rows of the old ones.
 
-Row i of a new table is `sum_j weights[j] * table[base_ids[j]] + dense_row`, where most rows have one base id of weight 1
-(a copy), some have a few, and a dense row stands only where a method has no sparse form (random draws, affine maps).
+Row i of a new table is `sum_j weights[j] * table[base_ids[j]] + dense_row`, where most rows have one base id of weight
+1 (a copy), some have a few, and a dense row stands only where a method has no sparse form (draws, affine maps).
 The same combination serves the input table and the head unless a method computes the head's separately.
 """
 
@@ -310,7 +310,7 @@ class TransplantMatrix:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT or metadata.get("version") != _FORMAT_VERSION:
                 raise ValueError(f"{path} holds no transplant matrix of version {_FORMAT_VERSION}: {metadata}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
         head = _restored("head", tensors) if "head.lengths" in tensors else None
         return cls(tensors["kinds"], _restored("input", tensors), int(metadata["base_rows"]), head)
 

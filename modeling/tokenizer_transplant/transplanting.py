@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ METHODS: dict[str, str] = {
     "fvt": "methods_subword",
     "subword": "methods_subword",
     "mapping": "methods_subword",
+    "normal": "methods_statistical",
     "mean": "methods_statistical",
     "zero": "methods_statistical",
     "randn": "methods_statistical",
@@ -51,8 +52,8 @@ class TransplantContext:
     """What a method may use.
 
     base, new: the two vocabularies (`Vocabulary`: tokens, bytes, texts, pieces).
-    input_table: the base's input table, `(base rows, hidden_size)`; base rows may exceed `base.size` (padding rows), and
-        also be fewer.
+    input_table: the base's input table, `(base rows, hidden_size)`; there may be more rows than `base.size` (padding),
+        and also fewer.
     head_table: the base's head, of the same shape, or None where it has none or shares the input table.
     matched: `(new.size,)` int64, the base id whose row a new id copies, -1 for the others.
     targets: `(n,)` int64, ascending, the new ids for which the method is asked.
@@ -60,6 +61,7 @@ class TransplantContext:
     auxiliary: what the caller gave as `auxiliary`: vectors of another space.
     compatibility: the peer whose results are to be reproduced, defects included, or None.
     seed: of all draws.
+    notes: figures that a method adds for the report.
     """
 
     base: Vocabulary
@@ -73,6 +75,7 @@ class TransplantContext:
     auxiliary: Any = None
     compatibility: str | None = None
     seed: int = 0
+    notes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def base_rows(self) -> int:
