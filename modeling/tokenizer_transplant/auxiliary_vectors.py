@@ -1,7 +1,7 @@
 """Vectors of token strings in an auxiliary space, in which the tokens of two vocabularies can be compared.
 
 Whatever gives the vectors, a transplantation method sees one method: `vectors(strings)` returns the vectors and which
-strings have one. `auxiliary_vectors` makes such an object of a dictionary, a stored table, a text encoder of
+strings have one. `as_auxiliary_vectors` makes such an object of a dictionary, a stored table, a text encoder of
 transformers or sentence-transformers, or static word vectors (fastText, gensim).
 
 Encoders see every sequence of their own token ids once, in batches of one length, so that nothing is computed on
@@ -43,7 +43,7 @@ class AuxiliaryVectors(Protocol):
         others are zero."""
 
 
-def auxiliary_vectors(source: Any, *, cache_folder: str | os.PathLike | None = None) -> AuxiliaryVectors:
+def as_auxiliary_vectors(source: Any, *, cache_folder: str | os.PathLike | None = None) -> AuxiliaryVectors:
     """Vectors from any of these sources:
 
     - a mapping `{string: vector}`;
@@ -128,10 +128,10 @@ class WordVectors:
 
 
 class EncoderVectors:
-    """Vectors from a text encoder: see `auxiliary_vectors`.
+    """Vectors from a text encoder: see `as_auxiliary_vectors`.
 
     encoder: a model of transformers, or one of sentence-transformers (for which `tokenizer` stays None).
-    cache_folder: as in `auxiliary_vectors`. Vectors are also kept in the object.
+    cache_folder: as in `as_auxiliary_vectors`. Vectors are also kept in the object.
     """
 
     def __init__(self, encoder: Any, tokenizer: Any = None, cache_folder: str | os.PathLike | None = None):
