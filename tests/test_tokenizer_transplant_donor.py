@@ -1,0 +1,248 @@
+"""Tokenizer transplantation in a donor's space: pursuit, interpolation, rotations, against independent sums."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rarezoo.tokenizer_transplant import sparse_coding
+from rarezoo.tokenizer_transplant.sparse_coding import (
+    RotarySpace,
+    interpolation,
+    nearest_anchors,
+    orthogonal_matching_pursuit,
+    procrustes_map,
+    rotary_matching_pursuit,
+    sparse_basis,
+    under_trained_rows,
+)
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def reference_pursuit(target, anchors, sparsity):
+    """Textbook orthogonal matching pursuit of one target in float64: a least squares over the support in each step."""
+    target, anchors, support = target.double(), anchors.double(), []
+    residual, weights = target, torch.empty(0)
+    for _ in range(sparsity):
+        magnitudes = (anchors @ residual).abs()
+        magnitudes[support] = -1
+        support.append(int(magnitudes.argmax()))
+        weights = torch.linalg.lstsq(anchors[support].T, target[:, None], driver="gelsd").solution[:, 0]
+        residual = target - weights @ anchors[support]
+    return support, weights
+
+
+# --- orthogonal matching pursuit --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", ["gram", "direct", "auto"])
+@pytest.mark.parametrize("anchor_count, width, sparsity", [(40, 16, 8), (300, 64, 12), (150, 200, 1)])
+def test_pursuit_agrees_with_the_textbook(algorithm, anchor_count, width, sparsity):
+    anchors = (
+        random(anchor_count, width) * (0.2 + random(anchor_count, 1, seed=1).abs()) + 0.1
+    )  # neither unit nor centred
+    targets = random(33, width, seed=2)
+    indices, weights = orthogonal_matching_pursuit(targets, anchors, sparsity, algorithm=algorithm)
+    assert indices.dtype == torch.int64 and weights.dtype == torch.float32
+    for row, target in enumerate(targets):
+        support, expected = reference_pursuit(target, anchors, sparsity)
+        assert indices[row].tolist() == support
+        torch.testing.assert_close(weights[row].double(), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_both_forms_take_the_same_anchors_whatever_the_tiles(monkeypatch):
+    anchors, targets = random(500, 96) + 0.5, random(70, 96, seed=1)
+    direct = orthogonal_matching_pursuit(targets, anchors, 20, algorithm="direct")
+    for tile in (1, 2**20, 2**30):
+        monkeypatch.setitem(sparse_coding._TILE_BYTES, "cpu", tile)
+        gram = orthogonal_matching_pursuit(targets, anchors, 20, algorithm="gram")
+        assert torch.equal(gram.indices, direct.indices)
+        torch.testing.assert_close(gram.weights, direct.weights, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("algorithm", ["gram", "direct"])
+def test_duplicated_and_zero_anchors_get_no_weight(algorithm):
+    distinct = random(6, 32)
+    anchors = torch.cat([torch.zeros(2, 32), distinct, distinct, 3 * distinct])
+    indices, weights = orthogonal_matching_pursuit(random(9, 32, seed=1), anchors, 12, algorithm=algorithm)
+    for taken, weight in zip(indices, weights):
+        count = int((taken >= 0).sum())
+        assert count == 6 and torch.equal(taken >= 0, torch.arange(12) < 6)
+        assert sorted((taken[:count] - 2) % 6) == list(range(6)) and (taken[:count] >= 2).all()
+        assert not weight[count:].any() and weight.abs().max() < 20
+
+
+@pytest.mark.parametrize("algorithm", ["gram", "direct"])
+def test_the_pursuit_ends_with_the_residual(algorithm):
+    anchors = torch.linalg.qr(random(64, 64)).Q[:40] * torch.linspace(1, 3, 40)[:, None]
+    truth = torch.zeros(3, 40)
+    truth[0, [3, 17]] = torch.tensor([2.0, -1.0])
+    truth[1, 8] = 0.5
+    indices, weights = orthogonal_matching_pursuit(truth @ anchors, anchors, 10, algorithm=algorithm)
+    assert [int((row >= 0).sum()) for row in indices] == [2, 1, 0]
+    found = torch.zeros(3, 40).scatter_add_(1, indices.clamp(min=0), weights)
+    torch.testing.assert_close(found, truth, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("algorithm", ["gram", "direct"])
+def test_nearly_dependent_anchors_have_accurate_weights(algorithm):
+    common = random(1, 128)
+    anchors = common + 1e-3 * random(60, 128, seed=1)
+    targets = common + 1e-3 * random(5, 128, seed=2)
+    indices, weights = orthogonal_matching_pursuit(targets, anchors, 6, algorithm=algorithm)
+    for row, target in enumerate(targets):
+        points = anchors[indices[row]].double()
+        expected = torch.linalg.lstsq(points.T, target.double()[:, None], driver="gelsd").solution[:, 0]
+        torch.testing.assert_close(weights[row].double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_equal_anchors_are_taken_by_the_lowest_index():
+    anchors = random(5, 16).repeat(4, 1)
+    for algorithm in ("gram", "direct"):
+        taken = orthogonal_matching_pursuit(random(20, 16, seed=1), anchors, 3, algorithm=algorithm).indices
+        assert int(taken.max()) < 5
+
+
+def test_the_cost_model_keeps_to_its_budget_and_knows_when_gram_pays():
+    choose = sparse_coding._cheaper_algorithm
+    assert choose(4_096, 6_875, 1_024, 64, 2**32) == "gram"
+    assert choose(4_096, 6_875, 1_024, 64, 2**27) == "direct"  # 189 MB of Gram matrix
+    assert choose(94, 6_875, 1_024, 4, 2**32) == "direct"  # few targets
+    assert choose(4_096, 6_875, 32, 64, 2**32) == "direct"  # short vectors
+
+
+def test_pursuit_refuses_what_it_cannot_do():
+    anchors = random(5, 8)
+    with pytest.raises(ValueError, match="between 1 and the number of anchors, 5; found 6"):
+        orthogonal_matching_pursuit(random(2, 8), anchors, 6)
+    with pytest.raises(ValueError, match="found 0"):
+        orthogonal_matching_pursuit(random(2, 8), anchors, 0)
+    with pytest.raises(ValueError, match=r"found \(2, 7\) and \(5, 8\)"):
+        orthogonal_matching_pursuit(random(2, 7), anchors, 2)
+    with pytest.raises(ValueError, match="anchors must be finite, but row 3 is not"):
+        orthogonal_matching_pursuit(random(2, 8), anchors.index_fill(0, torch.tensor([3]), float("nan")), 2)
+    with pytest.raises(ValueError, match="gram, direct"):
+        orthogonal_matching_pursuit(random(2, 8), anchors, 2, algorithm="fast")
+    assert orthogonal_matching_pursuit(anchors[:0], anchors, 2).indices.shape == (0, 2)
+
+
+# --- interpolation ----------------------------------------------------------------------------------------------------
+
+
+def test_nearest_anchors_by_exact_distance_then_index():
+    anchors = torch.cat([random(200, 24), random(200, 24)]) + 100.0  # far from zero, all twice
+    targets = anchors[5:9] + 1e-3 * random(4, 24, seed=3)
+    indices, distances = nearest_anchors(targets, anchors, 6)
+    exact = (targets.double()[:, None] - anchors.double()).norm(dim=2)
+    order = exact.sort(dim=1, stable=True)
+    assert torch.equal(indices, order.indices[:, :6])
+    torch.testing.assert_close(distances, order.values[:, :6], atol=0, rtol=1e-12)
+
+
+def test_interpolation_weights_solve_their_problems():
+    anchors, targets = random(60, 20) + 0.3, random(7, 20, seed=1)
+    for cosine in (False, True):
+        for scheme in ("barycentric", "least_squares"):
+            indices, weights = interpolation(targets, anchors, 5, weight_scheme=scheme, cosine=cosine)
+            for row, weight, target in zip(indices, weights.double(), targets.double()):
+                points = anchors[row].double()
+                gradient = points @ (weight @ points - target)
+                if scheme == "barycentric":  # the gradient is the multiplier of the condition: equal in all places
+                    assert abs(float(weight.sum()) - 1) < 1e-6
+                    gradient = gradient - gradient.mean()
+                assert float(gradient.abs().max()) < 1e-4
+    indices, weights = interpolation(targets, anchors, 4)
+    inverse = 1 / (targets[:, None] - anchors[indices]).norm(dim=2)
+    torch.testing.assert_close(weights, inverse / inverse.sum(1, keepdim=True))
+    indices, weights = interpolation(targets, anchors, 4, cosine=True)
+    cosines = torch.nn.functional.cosine_similarity(targets[:, None], anchors[indices], dim=2)
+    torch.testing.assert_close(weights, cosines / cosines.sum(1, keepdim=True))
+
+
+def test_interpolation_of_an_anchor_is_that_anchor():
+    anchors = random(30, 16)
+    for scheme in sparse_coding.WEIGHT_SCHEMES:
+        indices, weights = interpolation(anchors[:4], anchors, 5, weight_scheme=scheme)
+        rows = (weights[:, :, None] * anchors[indices]).sum(1)
+        torch.testing.assert_close(rows, anchors[:4], atol=1e-4, rtol=1e-4)
+
+
+def test_interpolation_with_more_neighbors_than_dimensions_is_finite():
+    anchors, targets = random(40, 6), random(5, 6, seed=1)
+    for scheme in sparse_coding.WEIGHT_SCHEMES:
+        indices, weights = interpolation(targets, anchors, 20, weight_scheme=scheme)
+        assert weights.isfinite().all()
+        if scheme != "distance_proportional":  # they reach the target exactly
+            torch.testing.assert_close((weights[:, :, None] * anchors[indices]).sum(1), targets, atol=1e-4, rtol=1e-4)
+
+
+def test_opposite_anchors_give_no_combination_by_cosine():
+    anchors = random(10, 8).abs()
+    indices, weights = interpolation(torch.stack([-anchors[0], anchors[0]]), anchors, 3, cosine=True)
+    assert (indices[0] == -1).all() and not weights[0].any()
+    assert (indices[1] >= 0).all() and weights.isfinite().all()
+
+
+# --- rotations, bases, positions --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source_width, target_width", [(12, 12), (12, 20), (20, 12)])
+def test_procrustes_recovers_a_rotation(source_width, target_width):
+    narrow = min(source_width, target_width)
+    hidden = random(200, narrow) * torch.linspace(1, 3, narrow) + 2.0
+    embed = [
+        torch.linalg.qr(random(width, width, seed=width + 1)).Q[:, :narrow].T for width in (source_width, target_width)
+    ]
+    source, target = hidden @ embed[0], hidden @ embed[1] - 5.0
+    image = procrustes_map(source[:150], target[:150])(source[150:])
+    torch.testing.assert_close(image, target[150:], atol=1e-4, rtol=1e-4)
+
+
+def test_procrustes_tolerates_noise_where_a_transposed_rotation_fails():
+    source = random(400, 16) * torch.linspace(1, 4, 16)
+    target = source @ torch.linalg.qr(random(16, 16, seed=5)).Q + 0.02 * random(400, 16, seed=6)
+    image = procrustes_map(source[:300], target[:300])(source[300:])
+    assert float((image - target[300:]).norm() / target[300:].norm()) < 0.05
+
+
+def test_sparse_basis_spans_the_principal_directions():
+    points = random(300, 10) * torch.linspace(1, 5, 10) + 1.0
+    indices, weights = sparse_basis(points, 9, 4)
+    centred = points - points.mean(0)
+    basis = (weights[:, :, None] * centred[indices]).sum(1)
+    directions = torch.linalg.svd(centred, full_matrices=False).Vh[:4]
+    cosines = torch.nn.functional.cosine_similarity(basis, directions, dim=1).abs()
+    assert float(cosines.min()) > 0.98
+
+
+def test_rotary_pursuit_finds_turned_anchors():
+    """A target that is one anchor turned by a position is carried over as that anchor's image, turned alike."""
+    source, target = random(12, 64), random(12, 24, seed=1)
+    position = torch.tensor([0.7])
+    source_frequencies = 10_000.0 ** -(torch.arange(16) / 16)
+    target_frequencies = 500.0 ** -(torch.arange(4) / 4)
+
+    def turn(vector, frequencies, heads):
+        as_complex = torch.complex(*vector.view(heads, 2, -1).unbind(1)) * torch.exp(1j * position * frequencies)
+        return torch.stack([as_complex.real, as_complex.imag], 1).flatten()
+
+    turned = turn(source[4], source_frequencies, 2)
+    image = rotary_matching_pursuit(turned[None], source, target, 1, RotarySpace(2), RotarySpace(3, 500.0))
+    torch.testing.assert_close(image[0], turn(target[4], target_frequencies, 3), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="5 heads do not divide a width of 64"):
+        rotary_matching_pursuit(turned[None], source, target, 1, RotarySpace(5), RotarySpace(3))
+
+
+def test_under_trained_rows_are_short_or_like_unused_ones():
+    table = random(400, 32) + 1.0
+    unused_direction = random(32, seed=9)
+    table[[7, 390, 399]] = unused_direction + 0.01 * random(3, 32, seed=3)
+    table[50] *= 1e-3
+    head = random(400, 32, seed=4)
+    bad = under_trained_rows(table, head, torch.tensor([390, 399]))
+    assert bad[[7, 50, 390, 399]].all() and int(bad.sum()) <= 8  # with 1 % of the norms
+    assert not under_trained_rows(table, None, torch.tensor([390, 399]))[50]  # no head, no rule of norms
+    assert not under_trained_rows(table, None, torch.tensor([], dtype=torch.int64)).any()
