@@ -7,17 +7,24 @@ the report are written here once, for all of them.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
+import transformers
 from torch import Tensor
 
-from .token_bytes import Vocabulary
-from .transplant_matrix import TransplantMatrix
+from .table_surgery import TokenIds, base_tables, fitting_chat_template, transplant_tables
+from .token_bytes import Matches, Vocabulary, match_vocabularies
+from .transplant_matrix import SourceKind, TransplantMatrix, blend, concatenate
+from .transplant_report import REPORT_NAME, TransplantReport, as_json
 
 Method = Callable[..., TransplantMatrix]
 
@@ -45,6 +52,18 @@ METHODS: dict[str, str] = {
     "clp": "methods_auxiliary",
 }
 _OWN_METHODS: dict[str, Method] = {}
+
+# compatibility -> (matching rule, what fills the rows that the method leaves undefined) of that peer
+_PEERS: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "tokenadapt": ("raw", (("normal", {"per_dimension": False}),)),
+    "mergekit": ("normalized", ("zero",)),
+    "focus": ("canonical", ("normal",)),
+    "wechsel": ("special", ("normal",)),
+}
+_DEFAULT_FALLBACK = ("retok", "mean")
+# WECHSEL computes a row for every token, and copies only special ones.
+_OWN_RULES = {"wechsel": "special"}
+_RESCALED = (SourceKind.MAPPED, SourceKind.COMBINED, SourceKind.DENSE)
 
 
 @dataclass(frozen=True)
@@ -150,3 +169,390 @@ def run_method(context: TransplantContext, name: str, options: Mapping[str, Any]
             f"{len(context.targets)} over {context.base_rows}"
         )
     return matrix
+
+
+# --- combinators ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MethodMix:
+    """Rows of several methods, added up with weights: see `mix`."""
+
+    parts: tuple[tuple[str, Mapping[str, Any], float], ...]
+
+    def __str__(self) -> str:
+        return " + ".join(f"{weight:g} {name}" for name, _, weight in self.parts)
+
+
+def mix(parts: Sequence[tuple[Any, float]]) -> MethodMix:
+    """A method from others: `mix([("omp", 0.5), (("tokenadapt", {"top_k": 5}), 0.5)])`.
+
+    parts: pairs of a method (its name, or its name and its options) and a weight that is not negative. Weights are
+        normalised, in every row over the parts that define it.
+    """
+    named = [(*_named_method(method), float(weight)) for method, weight in parts]
+    if not named or any(weight < 0 for *_, weight in named) or not sum(weight for *_, weight in named) > 0:
+        raise ValueError(f"a mix needs methods with weights that are not negative, and not all zero: {list(parts)}")
+    return MethodMix(tuple(named))
+
+
+def _named_method(method: Any) -> tuple[str, Mapping[str, Any]]:
+    """A method as (name, options)."""
+    if isinstance(method, str):
+        return method, {}
+    if isinstance(method, (tuple, list)) and len(method) == 2 and isinstance(method[1], Mapping):
+        return str(method[0]), dict(method[1])
+    raise TypeError(f"a method is a name or a pair (name, {{option: value}}), found {method!r}")
+
+
+def _run(context: TransplantContext, method: str | MethodMix, options: Mapping[str, Any]) -> TransplantMatrix:
+    if isinstance(method, str):
+        return run_method(context, method, options)
+    if options:
+        raise ValueError(f"give options to the methods of the mix; found {', '.join(sorted(options))} beside it")
+    return blend([(run_method(context, name, own), weight) for name, own, weight in method.parts])
+
+
+# --- the matrix -------------------------------------------------------------------------------------------------------
+
+
+def plan_transplant(
+    base_tokenizer: Any,
+    new_tokenizer: Any,
+    input_table: Tensor,
+    head_table: Tensor | None = None,
+    method: str | MethodMix = "tokenadapt",
+    *,
+    donor_tables: tuple[Tensor, Tensor | None] | None = None,
+    auxiliary: Any = None,
+    match: str | None = None,
+    compatibility: str | None = None,
+    special_map: Mapping[str, str] | None = None,
+    fallback: Sequence[Any] | None = None,
+    rescale: str = "none",
+    pad_to_multiple_of: int = 1,
+    seed: int = 0,
+    **options: Any,
+) -> tuple[TransplantMatrix, TransplantReport]:
+    """The transplant matrix and its report, from tokenizers and tables alone: nothing is changed, no model is needed.
+
+    input_table, head_table: `(base rows, hidden_size)`; head_table is None where there is no head, or it is tied.
+    donor_tables: input table and head of the donor, `(its rows, its hidden_size)`.
+    Other arguments and errors: as `transplant_tokenizer`.
+    """
+    _check_arguments(compatibility, rescale, pad_to_multiple_of)
+    base, new = Vocabulary(base_tokenizer), Vocabulary(new_tokenizer)
+    if head_table is not None and head_table.shape != input_table.shape:
+        raise ValueError(f"the head has shape {tuple(head_table.shape)}, the input table {tuple(input_table.shape)}")
+    _check_donor(donor_tables, new)
+    peer_rule, peer_fallback = _PEERS.get(compatibility or "", ("bytes", _DEFAULT_FALLBACK))
+    rule = match or (_OWN_RULES.get(method, peer_rule) if isinstance(method, str) else peer_rule)
+    matches = match_vocabularies(
+        base, new, len(input_table), rule=rule, special_map=special_map, compatibility=compatibility
+    )
+    donor_input, donor_head = donor_tables or (None, None)
+    context = TransplantContext(
+        base=base,
+        new=new,
+        input_table=input_table,
+        head_table=head_table,
+        matched=matches.base_ids,
+        targets=torch.empty(0, dtype=torch.int64),
+        donor_input=donor_input,
+        donor_head=donor_head,
+        auxiliary=auxiliary,
+        compatibility=compatibility,
+        seed=seed,
+    )
+    if method == "mapping":
+        context, matches = _without_mapped(context, matches, options)
+    chain = [
+        (method, options),
+        *(_named_method(member) for member in (peer_fallback if fallback is None else fallback)),
+    ]
+    matrix = _matrix(context, matches, chain, pad_to_multiple_of)
+    matrix = _rescaled(matrix, context) if rescale == "mean_norm" else matrix
+    provenance = {
+        "format": 1,
+        "method": str(method),
+        "options": as_json(options if isinstance(method, str) else [list(part) for part in method.parts]),
+        "fallback": as_json([name for name, _ in chain[1:]]),
+        "match": rule,
+        "compatibility": compatibility,
+        "special_map": dict(special_map or {}),
+        "rescale": rescale,
+        "pad_to_multiple_of": pad_to_multiple_of,
+        "seed": seed,
+        "base_rows": len(input_table),
+        "rows": len(matrix),
+        "tokens": len(new.used_ids),
+        "counts": matrix.counts(),
+        "base_tokenizer_sha256": base.fingerprint,
+        "new_tokenizer_sha256": new.fingerprint,
+        "versions": {module.__name__: module.__version__ for module in (torch, transformers, tokenizers)},
+    }
+    if matches.without_row:
+        context.notes["tokens that the base's tokenizer has but its tables have not"] = len(matches.without_row)
+    return matrix, TransplantReport(provenance, matrix, base, new, context.notes)
+
+
+def _check_arguments(compatibility: str | None, rescale: str, pad_to_multiple_of: int) -> None:
+    if compatibility is not None and compatibility not in _PEERS:
+        raise ValueError(f"compatibility must be None or one of {', '.join(_PEERS)}; found {compatibility!r}")
+    if rescale not in ("none", "mean_norm"):
+        raise ValueError(f"rescale must be 'none' or 'mean_norm', found {rescale!r}")
+    if pad_to_multiple_of < 1:
+        raise ValueError(f"pad_to_multiple_of must be at least 1, found {pad_to_multiple_of}")
+
+
+def _check_donor(tables: tuple[Tensor, Tensor | None] | None, new: Vocabulary) -> None:
+    for table in tables or ():
+        if table is not None and len(table) < new.size:
+            raise ValueError(
+                f"the donor's tables have {len(table)} rows, but the new tokenizer has ids up to {new.size - 1}: the "
+                "donor must be a model that uses the new tokenizer"
+            )
+
+
+def _without_mapped(
+    context: TransplantContext, matches: Matches, options: Mapping[str, Any]
+) -> tuple[TransplantContext, Matches]:
+    """What the caller maps is not copied, even where the base has the same token."""
+    resolve = importlib.import_module(".methods_subword", __package__).resolved_mapping
+    mapped = torch.tensor(sorted(resolve(context, **options)), dtype=torch.int64)
+    base_ids, kinds = matches.base_ids.clone(), matches.kinds.clone()
+    base_ids[mapped], kinds[mapped] = -1, int(SourceKind.UNDEFINED)
+    matches = Matches(base_ids, kinds, matches.without_row)
+    return replace(context, matched=base_ids), matches
+
+
+def _matrix(
+    context: TransplantContext, matches: Matches, chain: Sequence[tuple[Any, Mapping[str, Any]]], multiple: int
+) -> TransplantMatrix:
+    """All rows: copies, then each method of the chain for the rows that are still undefined, then padding."""
+    rows = -(-context.new.size // multiple) * multiple
+    copies = TransplantMatrix.copies(matches.base_ids, context.base_rows)
+    matrix = TransplantMatrix(matches.kinds, copies.input, context.base_rows)
+    used = torch.zeros(context.new.size, dtype=torch.bool)
+    used[torch.tensor(context.new.used_ids)] = True
+    padding = (~used).nonzero()[:, 0]
+    matrix = matrix.replaced(padding, _padding(len(padding), context))
+    rows_by_method: dict[str, int] = {}
+    for method, options in chain:
+        targets = matrix.undefined()
+        if isinstance(method, str):
+            find_method(method)
+        if len(targets):
+            found = _run(context.with_targets(targets), method, options)
+            matrix = matrix.replaced(targets, found)
+            rows_by_method[str(method)] = len(targets) - len(found.undefined())
+    undefined = matrix.undefined().tolist()
+    if undefined:
+        names = ", ".join(repr(context.new.tokens[new_id]) for new_id in undefined[:5])
+        raise ValueError(
+            f"{len(undefined)} tokens, such as {names}, have no row by "
+            f"{' or '.join(str(method) for method, _ in chain)}: add 'mean' to fallback"
+        )
+    context.notes["rows by method"] = rows_by_method
+    return concatenate([matrix, _padding(rows - len(matrix), context)])
+
+
+def _padding(count: int, context: TransplantContext) -> TransplantMatrix:
+    return TransplantMatrix.constant(count, context.base_rows, SourceKind.PADDING)
+
+
+def _rescaled(matrix: TransplantMatrix, context: TransplantContext) -> TransplantMatrix:
+    """Rows that a method made, scaled to the mean norm of the base's token rows, in each table."""
+    made = torch.isin(matrix.kinds, torch.tensor([int(kind) for kind in _RESCALED], dtype=torch.uint8)).nonzero()[:, 0]
+    part = matrix.select(made)
+    ids = torch.tensor([token_id for token_id in context.base.used_ids if token_id < context.base_rows])
+
+    def scaled(rows, table: Tensor):
+        norms = rows.apply(table).float().norm(dim=1).cpu()
+        target = table[ids.to(table.device)].float().norm(dim=1).mean().cpu()
+        return rows.scaled(torch.where(norms > 0, target / norms.clamp(min=1e-30), 1.0))
+
+    head = None
+    if context.head_table is not None:
+        head = scaled(part.rows_for(head=True), context.head_table)
+    rescaled = TransplantMatrix(part.kinds, scaled(part.input, context.input_table), part.base_rows, head)
+    return matrix.replaced(made, rescaled)
+
+
+# --- the call ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TransplantResult:
+    """What `transplant_tokenizer` returns.
+
+    model: the model with new tables: the architecture it was, which saves and loads anywhere.
+    tokenizer: the new tokenizer.
+    report: where every row came from.
+    matrix: how every row was made.
+    """
+
+    model: Any
+    tokenizer: Any
+    report: TransplantReport
+    matrix: TransplantMatrix
+
+    def save_pretrained(self, folder: str | os.PathLike, **save_options: Any) -> None:
+        """Write model, tokenizer and `transplant_report.json` into a new folder, which appears when it is complete.
+
+        save_options: for the model's `save_pretrained`. Raises FileExistsError for a folder that is not empty.
+        """
+        folder = Path(folder)
+        if folder.exists() and any(folder.iterdir()):
+            raise FileExistsError(f"{folder} is not empty")
+        beside = folder.with_name(f"{folder.name}.partial")
+        self.model.save_pretrained(beside, **save_options)
+        self.tokenizer.save_pretrained(beside)
+        self.report.save(beside / REPORT_NAME)
+        if folder.exists():
+            folder.rmdir()
+        beside.replace(folder)
+
+
+def transplant_tokenizer(
+    model_or_path: Any,
+    new_tokenizer: Any,
+    method: str | MethodMix = "tokenadapt",
+    *,
+    base_tokenizer: Any = None,
+    donor: Any = None,
+    auxiliary: Any = None,
+    match: str | None = None,
+    compatibility: str | None = None,
+    special_map: Mapping[str, str] | None = None,
+    fallback: Sequence[Any] | None = None,
+    rescale: str = "none",
+    pad_to_multiple_of: int = 1,
+    seed: int = 0,
+    dtype: torch.dtype | str | None = None,
+    **options: Any,
+) -> TransplantResult:
+    """Give a pretrained model another tokenizer: new embedding tables and head, everything else untouched.
+
+    Rows of tokens that both tokenizers have are copied bit by bit; the method makes the others. The result is a plain
+    model of the same architecture; its configuration holds the provenance as `tokenizer_transplant`.
+
+    Args:
+        model_or_path: a `PreTrainedModel`, which is changed in place, or a folder or Hub name to load it from.
+        new_tokenizer: a fast tokenizer, a folder or Hub name; or a list of strings, which are added to the base's
+            tokenizer (all old ids are kept).
+        method: one of `method_names()`, or a `mix`.
+        base_tokenizer: the model's present tokenizer; by default it is loaded from where the model came from.
+        donor: for methods in the space of another model: a model that uses the new tokenizer, or where to load it; or
+            its tables (input table, head or None).
+        auxiliary: for methods in the space of an encoder: what `as_auxiliary_vectors` takes.
+        match: which tokens are the same: "bytes" (the default), "raw", "normalized", "canonical", "canonical_fuzzy" or
+            "special"; see `match_vocabularies`.
+        compatibility: "tokenadapt", "mergekit", "focus" or "wechsel" reproduces that peer, its matching, fallback and
+            defects included.
+        special_map: {new token: base token} whose row it takes, before all other rules.
+        fallback: methods, in order, for rows that the method leaves undefined; by default ReTok, then the mean.
+        rescale: "none", or "mean_norm": rows that a method made get the mean norm of the base's rows.
+        pad_to_multiple_of: rows of the new tables are a multiple of it; padding rows are never generated.
+        seed: of all draws.
+        dtype: in which a model is loaded; by default the checkpoint's.
+        options: the method's own: `weight`, `temperature`, `top_k`, `threshold`, `k`, …; see the method.
+
+    Raises:
+        ValueError: unknown methods, rules and options; what a method needs and does not get; tables, tokenizers and
+            donors that do not fit each other; adapters that saved embeddings; quantized tables.
+        TypeError: tokenizers without a fast backend.
+    """
+    model = _load_model(model_or_path, dtype) if isinstance(model_or_path, (str, os.PathLike)) else model_or_path
+    base_tokenizer = _base_tokenizer(base_tokenizer, model_or_path)
+    tokenizer = _new_tokenizer(new_tokenizer, base_tokenizer)
+    input_table, head_table, _ = base_tables(model)
+    matrix, report = plan_transplant(
+        base_tokenizer,
+        tokenizer,
+        input_table,
+        head_table,
+        method,
+        donor_tables=_donor_tables(donor, tokenizer),
+        auxiliary=auxiliary,
+        match=match,
+        compatibility=compatibility,
+        special_map=special_map,
+        fallback=fallback,
+        rescale=rescale,
+        pad_to_multiple_of=pad_to_multiple_of,
+        seed=seed,
+        **options,
+    )
+    _finish_tokenizer(tokenizer, base_tokenizer, compatibility)
+    model = transplant_tables(model, matrix, TokenIds.of(matrix, tokenizer, base_tokenizer))
+    model.config.tokenizer_transplant = report.provenance
+    return TransplantResult(model, tokenizer, report, matrix)
+
+
+def _load_model(path: str | os.PathLike, dtype: torch.dtype | str | None) -> Any:
+    """The model with the head that the checkpoint names."""
+    config = transformers.AutoConfig.from_pretrained(path)
+    architectures = config.architectures or []
+    for auto_class in (
+        transformers.AutoModelForCausalLM,
+        transformers.AutoModelForMaskedLM,
+        transformers.AutoModelForSeq2SeqLM,
+        transformers.AutoModelForImageTextToText,
+    ):
+        known = auto_class._model_mapping.get(type(config), None)
+        names = [member.__name__ for member in (known if isinstance(known, (list, tuple)) else [known]) if member]
+        if set(names) & set(architectures):
+            return auto_class.from_pretrained(path, dtype=dtype or "auto")
+    return transformers.AutoModel.from_pretrained(path, dtype=dtype or "auto")
+
+
+def _base_tokenizer(tokenizer: Any, model_or_path: Any) -> Any:
+    if tokenizer is not None and not isinstance(tokenizer, (str, os.PathLike)):
+        return tokenizer
+    source = tokenizer or model_or_path
+    if not isinstance(source, (str, os.PathLike)):
+        source = getattr(model_or_path.config, "_name_or_path", "")
+    if not source:
+        raise ValueError("the model does not tell where it came from: give its present tokenizer as base_tokenizer")
+    return transformers.AutoTokenizer.from_pretrained(source)
+
+
+def _new_tokenizer(new_tokenizer: Any, base_tokenizer: Any) -> Any:
+    """A tokenizer of our own, which may be changed."""
+    if isinstance(new_tokenizer, (str, os.PathLike)):
+        return transformers.AutoTokenizer.from_pretrained(new_tokenizer)
+    if isinstance(new_tokenizer, (list, tuple)):
+        extended = copy.deepcopy(base_tokenizer)
+        extended.add_tokens(list(new_tokenizer))
+        return extended
+    return copy.deepcopy(new_tokenizer)
+
+
+def _donor_tables(donor: Any, tokenizer: Any) -> tuple[Tensor, Tensor | None] | None:
+    if donor is None or isinstance(donor, tuple):
+        return donor
+    if isinstance(donor, (str, os.PathLike)):
+        theirs, ours = transformers.AutoTokenizer.from_pretrained(donor).get_vocab(), tokenizer.get_vocab()
+        differing = [token for token, token_id in ours.items() if theirs.get(token) != token_id]
+        if differing:
+            raise ValueError(
+                f"the donor's tokenizer is not the new one: {len(differing)} tokens differ, such as {min(differing)!r}"
+            )
+        donor = _load_model(donor, None)
+    input_table, head_table, _ = base_tables(donor)
+    return input_table.detach(), None if head_table is None else head_table.detach()
+
+
+def _finish_tokenizer(tokenizer: Any, base_tokenizer: Any, compatibility: str | None) -> None:
+    if compatibility != "tokenadapt":
+        tokenizer.chat_template = fitting_chat_template(tokenizer, base_tokenizer)
+        return
+    # TokenAdapt borrows missing roles, and takes the old chat template whether or not its markers exist.
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.eos_token is None:
+        tokenizer.eos_token = tokenizer.bos_token
+    if tokenizer.bos_token is None:
+        tokenizer.bos_token = tokenizer.eos_token
+    tokenizer.chat_template = base_tokenizer.chat_template
