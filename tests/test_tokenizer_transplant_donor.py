@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from rarezoo.tokenizer_transplant import sparse_coding
+from rarezoo.tokenizer_transplant.methods_donor import partial_matches, well_trained_matches, with_partial_matches
 from rarezoo.tokenizer_transplant.sparse_coding import (
     RotarySpace,
     interpolation,
@@ -16,6 +23,11 @@ from rarezoo.tokenizer_transplant.sparse_coding import (
     sparse_basis,
     under_trained_rows,
 )
+from rarezoo.tokenizer_transplant.token_bytes import Vocabulary, match_vocabularies
+from rarezoo.tokenizer_transplant.transplant_matrix import SourceKind
+from rarezoo.tokenizer_transplant.transplanting import TransplantContext, run_method
+
+FIXTURES = Path(__file__).parent / "fixtures" / "tokenizer_transplant"
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -246,3 +258,101 @@ def test_under_trained_rows_are_short_or_like_unused_ones():
     assert bad[[7, 50, 390, 399]].all() and int(bad.sum()) <= 8  # with 1 % of the norms
     assert not under_trained_rows(table, None, torch.tensor([390, 399]))[50]  # no head, no rule of norms
     assert not under_trained_rows(table, None, torch.tensor([], dtype=torch.int64)).any()
+
+
+# --- the methods, against mergekit's results --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def parity() -> dict:
+    tables = {name: load_file(FIXTURES / f"{name}_model/model.safetensors") for name in ("base", "donor")}
+    return {
+        "meta": json.loads((FIXTURES / "meta.json").read_text()),
+        "expected": {
+            **load_file(FIXTURES / "expected_mergekit.safetensors"),
+            **load_file(FIXTURES / "expected_independent.safetensors"),
+        },
+        "tokenizers": [AutoTokenizer.from_pretrained(FIXTURES / f"{name}_model") for name in ("base", "donor")],
+        "base": [tables["base"][name] for name in ("model.embed_tokens.weight", "lm_head.weight")],
+        "donor": [tables["donor"][name] for name in ("model.embed_tokens.weight", "lm_head.weight")],
+    }
+
+
+def mergekit_context(parity, **changes) -> TransplantContext:
+    base, new = (Vocabulary(tokenizer) for tokenizer in parity["tokenizers"])
+    matches = match_vocabularies(base, new, len(parity["base"][0]), rule="normalized", compatibility="mergekit")
+    context = TransplantContext(
+        base=base,
+        new=new,
+        input_table=parity["base"][0],
+        head_table=parity["base"][1],
+        matched=matches.base_ids,
+        targets=(matches.base_ids < 0).nonzero()[:, 0],
+        donor_input=parity["donor"][0],
+        donor_head=parity["donor"][1],
+        compatibility="mergekit",
+    )
+    return dataclasses.replace(context, **changes)
+
+
+def assert_rows(matrix, parity, name, tolerance, rows=slice(None)):
+    for position, table in enumerate(("input", "output")):
+        found = matrix.apply(parity["base"][position], head=bool(position))
+        torch.testing.assert_close(found[rows], parity["expected"][f"{name}.{table}"], atol=tolerance, rtol=0)
+
+
+INTERPOLATION = "common_interpolation_k5"
+METHOD_CASES = {
+    "omp_k8": ("omp", {"k": 8}, 1e-5),
+    f"{INTERPOLATION}_euclidean_distance": ("common_interpolation", {"k": 5}, 1e-5),
+    f"{INTERPOLATION}_cosine_distance": ("common_interpolation", {"k": 5, "cosine_similarity": True}, 1e-5),
+    f"{INTERPOLATION}_euclidean_barycentric": ("common_interpolation", {"k": 5, "weight_scheme": "barycentric"}, 1e-4),
+    f"{INTERPOLATION}_euclidean_least_squares": (
+        "common_interpolation",
+        {"k": 5, "weight_scheme": "least_squares"},
+        1e-4,
+    ),
+    "stb_k8": ("stb", {"k": 8}, 1e-4),
+    "mp_rope_k4": ("mp_rope", {"k": 4, "donor_heads": 2, "base_heads": 2}, 1e-4),
+    "landmark_pca_correct": ("landmark_pca", {}, 1e-4),
+}
+
+
+@pytest.mark.parametrize("name", METHOD_CASES)
+def test_methods_reproduce_mergekit(name, parity):
+    method, options, tolerance = METHOD_CASES[name]
+    context = mergekit_context(parity)
+    assert context.targets.tolist() == parity["meta"]["mergekit_row_ids"]
+    assert [list(pair) for pair in zip(*map(torch.Tensor.tolist, context.anchors))] == (
+        parity["meta"]["mergekit_exact_match_new_old"]
+    )
+    assert_rows(run_method(context, method, options), parity, name, tolerance)
+
+
+@pytest.mark.parametrize("algorithm", ["gram", "direct"])
+def test_both_algorithms_reproduce_mergekit(algorithm, parity):
+    matrix = run_method(mergekit_context(parity), "omp", {"k": 8, "algorithm": algorithm})
+    assert_rows(matrix, parity, "omp_k8", 1e-5)
+
+
+def test_partial_matches_reproduce_mergekit(parity):
+    context = mergekit_context(parity)
+    matches = partial_matches(context, prefix_match="yes", byte_match="yes")
+    matrix = with_partial_matches(run_method(context, "omp", {"k": 4}), matches)
+    assert_rows(matrix, parity, "omp_k4_bytematch_prefixmatch", 1e-5)
+    copied = matrix.kinds == SourceKind.COPIED
+    assert 0 < int(copied.sum()) < len(matrix)
+    assert torch.equal(matrix.apply(parity["base"][0])[copied], parity["base"][0][matches.input[copied]])
+
+
+def test_magikarp_reproduces_mergekit(parity):
+    context = mergekit_context(parity)
+    matched, zeroed = well_trained_matches(context)
+    assert 0 < len(zeroed) and int((matched >= 0).sum()) < int((context.matched >= 0).sum())
+    context = dataclasses.replace(context, matched=matched, targets=(matched < 0).nonzero()[:, 0])
+    made = run_method(context, "omp", {"k": 4})
+    for position, table in enumerate(("input", "output")):
+        found = parity["base"][position][matched.clamp(min=0)]
+        found[context.targets] = made.apply(parity["base"][position], head=bool(position))
+        found[zeroed] = 0
+        torch.testing.assert_close(found, parity["expected"][f"omp_k4_magikarp.{table}"], atol=1e-5, rtol=0)

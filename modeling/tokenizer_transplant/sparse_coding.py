@@ -79,7 +79,7 @@ def orthogonal_matching_pursuit(
     of anchors.
     """
     targets, anchors = _checked_pair(targets, anchors)
-    _check_count("sparsity", sparsity, len(anchors))
+    _check_count(sparsity, len(anchors))
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm is one of {', '.join(ALGORITHMS)}, not {algorithm!r}")
     if algorithm == "auto":
@@ -263,7 +263,7 @@ def nearest_anchors(targets: Tensor, anchors: Tensor, neighbors: int) -> tuple[T
     distances, the same shape, float64, computed from differences. Raises ValueError as `orthogonal_matching_pursuit`.
     """
     targets, anchors = _checked_pair(targets, anchors)
-    _check_count("neighbors", neighbors, len(anchors))
+    _check_count(neighbors, len(anchors))
     half_squares = anchors.double().square().sum(1).div(2).float()
     candidates = min(neighbors + _SPARE_CANDIDATES, len(anchors))
     indices, distances = [], []
@@ -276,7 +276,7 @@ def nearest_anchors(targets: Tensor, anchors: Tensor, neighbors: int) -> tuple[T
         indices.append(found.gather(1, order))
         distances.append(apart.gather(1, order))
     if not indices:
-        return torch.empty(0, neighbors, dtype=torch.int64), torch.empty(0, neighbors, dtype=torch.float64)
+        return targets.new_empty(0, neighbors, dtype=torch.int64), targets.new_empty(0, neighbors, dtype=torch.float64)
     return torch.cat(indices), torch.cat(distances)
 
 
@@ -299,7 +299,7 @@ def interpolation(
     unused. Raises ValueError as `orthogonal_matching_pursuit`, and for an unknown scheme.
     """
     targets, anchors = _checked_pair(targets, anchors)
-    _check_count("neighbors", neighbors, len(anchors))
+    _check_count(neighbors, len(anchors))
     if weight_scheme not in WEIGHT_SCHEMES:
         raise ValueError(f"weight_scheme is one of {', '.join(WEIGHT_SCHEMES)}, not {weight_scheme!r}")
     if cosine:
@@ -316,7 +316,7 @@ def interpolation(
         solve = _barycentric_weights if weight_scheme == "barycentric" else _unconstrained_weights
         blocks = zip(targets.split(32), indices.split(32))
         solved = [solve(block.double(), _points(anchors, rows)) for block, rows in blocks]
-        weights = torch.cat([torch.empty(0, neighbors, dtype=torch.float64), *solved])
+        weights = torch.cat([targets.new_empty(0, neighbors, dtype=torch.float64), *solved])
     return SparseCombinations(indices, weights.float())
 
 
@@ -415,12 +415,12 @@ def rotary_matching_pursuit(
     `orthogonal_matching_pursuit`, and for widths that the heads do not divide into even parts.
     """
     targets, source = _checked_pair(targets, source)
-    _check_count("sparsity", sparsity, len(source))
+    _check_count(sparsity, len(source))
     if len(source) != len(target):
         raise ValueError(f"expected the same anchors in both spaces, found {len(source)} and {len(target)}")
-    source_frequencies = _rotary_frequencies(source.shape[1], source_space)
-    target_frequencies = _rotary_frequencies(target.shape[1], target_space)
-    images = [torch.empty(0, target.shape[1])]
+    source_frequencies = _rotary_frequencies(source.shape[1], source_space).to(source.device)
+    target_frequencies = _rotary_frequencies(target.shape[1], target_space).to(source.device)
+    images = [targets.new_empty(0, target.shape[1])]
     for block in targets.split(_BLOCK_TARGETS):
         indices, positions = _rotary_supports(block, source, sparsity, source_frequencies)
         points = _turned(source[indices].double(), positions, source_frequencies)
@@ -432,8 +432,8 @@ def rotary_matching_pursuit(
 
 def _rotary_supports(targets: Tensor, anchors: Tensor, sparsity: int, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     """Indices `(targets, sparsity)` int64 and positions, the same shape, float64."""
-    indices = torch.zeros(len(targets), sparsity, dtype=torch.int64)
-    positions = torch.zeros(len(targets), sparsity, dtype=torch.float64)
+    indices = targets.new_zeros(len(targets), sparsity, dtype=torch.int64)
+    positions = targets.new_zeros(len(targets), sparsity, dtype=torch.float64)
     residuals = targets.double()
     for step in range(sparsity):
         magnitudes = (residuals.float() @ anchors.T).abs_().scatter_(1, indices[:, :step], -math.inf)
@@ -490,7 +490,7 @@ def under_trained_rows(
     no token of the tokenizer uses.
     """
     unused = unused.unique()
-    bad = torch.zeros(len(input_table), dtype=torch.bool)
+    bad = torch.zeros(len(input_table), dtype=torch.bool, device=input_table.device)
     bad[unused] = True
     if head_table is not None:
         norms = _norms(input_table.float())
@@ -517,6 +517,6 @@ def _checked_pair(targets: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
     return targets.detach().float().contiguous(), anchors.detach().float().contiguous()
 
 
-def _check_count(name: str, count: int, anchors: int) -> None:
+def _check_count(count: int, anchors: int) -> None:
     if not 1 <= count <= anchors:
-        raise ValueError(f"{name} must be between 1 and the number of anchors, {anchors}; found {count}")
+        raise ValueError(f"k must be between 1 and the number of anchors, {anchors}; found {count}")
