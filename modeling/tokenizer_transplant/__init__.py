@@ -1,1 +1,45 @@
 """Tokenizer transplantation: give a pretrained model another tokenizer, by any of the known methods."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .auxiliary_vectors import as_auxiliary_vectors as as_auxiliary_vectors
+    from .token_bytes import Vocabulary as Vocabulary
+    from .token_bytes import match_vocabularies as match_vocabularies
+    from .transplant_matrix import SourceKind as SourceKind
+    from .transplant_matrix import TransplantMatrix as TransplantMatrix
+    from .transplant_report import TransplantReport as TransplantReport
+    from .transplanting import TransplantContext as TransplantContext
+    from .transplanting import TransplantResult as TransplantResult
+    from .transplanting import method_names as method_names
+    from .transplanting import mix as mix
+    from .transplanting import plan_transplant as plan_transplant
+    from .transplanting import register_method as register_method
+    from .transplanting import transplant_tokenizer as transplant_tokenizer
+    from .vocabulary_trimming import trim_tokenizer as trim_tokenizer
+
+_LAZY = {
+    "SourceKind": ".transplant_matrix",
+    "TransplantContext": ".transplanting",
+    "TransplantMatrix": ".transplant_matrix",
+    "TransplantReport": ".transplant_report",
+    "TransplantResult": ".transplanting",
+    "Vocabulary": ".token_bytes",
+    "as_auxiliary_vectors": ".auxiliary_vectors",
+    "match_vocabularies": ".token_bytes",
+    "method_names": ".transplanting",
+    "mix": ".transplanting",
+    "plan_transplant": ".transplanting",
+    "register_method": ".transplanting",
+    "transplant_tokenizer": ".transplanting",
+    "trim_tokenizer": ".vocabulary_trimming",
+}
+
+__all__ = list(_LAZY)
+
+
+def __getattr__(name: str):
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name], __name__), name)

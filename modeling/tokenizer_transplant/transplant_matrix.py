@@ -7,6 +7,7 @@ The same combination serves the input table and the head unless a method compute
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-_FORMAT = "transplant_matrix"
-_FORMAT_VERSION = "1"
+_FORMAT = "transplant_matrix"  # the one key of the file's metadata: of several, the order would be random
+_FORMAT_VERSION = 1
 _ROWS_AT_ONCE = 4_096  # new rows per block: bounds the float32 copy of the base rows that they read
 
 
@@ -299,20 +300,20 @@ class TransplantMatrix:
             if rows is not None:
                 tensors |= _stored(name, rows)
         beside = Path(f"{path}.partial")
-        metadata = {"format": _FORMAT, "version": _FORMAT_VERSION, "base_rows": str(self.base_rows)}
-        save_file(tensors, beside, metadata=metadata)
+        heading = json.dumps({"version": _FORMAT_VERSION, "base_rows": self.base_rows})
+        save_file(tensors, beside, metadata={_FORMAT: heading})
         beside.replace(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> TransplantMatrix:
         """Read what `save` wrote. Raises ValueError for another kind of safetensors file."""
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT or metadata.get("version") != _FORMAT_VERSION:
-                raise ValueError(f"{path} holds no transplant matrix of version {_FORMAT_VERSION}: {metadata}")
+            heading = json.loads((file.metadata() or {}).get(_FORMAT, "{}"))
+            if heading.get("version") != _FORMAT_VERSION:
+                raise ValueError(f"{path} holds no transplant matrix of version {_FORMAT_VERSION}; found {heading}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         head = _restored("head", tensors) if "head.lengths" in tensors else None
-        return cls(tensors["kinds"], _restored("input", tensors), int(metadata["base_rows"]), head)
+        return cls(tensors["kinds"], _restored("input", tensors), heading["base_rows"], head)
 
 
 def concatenate(matrices: Sequence[TransplantMatrix]) -> TransplantMatrix:
