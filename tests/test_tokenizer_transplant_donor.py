@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,8 +27,8 @@ from rarezoo.tokenizer_transplant.sparse_coding import (
     under_trained_rows,
 )
 from rarezoo.tokenizer_transplant.token_bytes import Vocabulary, match_vocabularies
-from rarezoo.tokenizer_transplant.transplant_matrix import SourceKind
-from rarezoo.tokenizer_transplant.transplanting import TransplantContext, run_method
+from rarezoo.tokenizer_transplant.transplant_matrix import SourceKind, TransplantMatrix
+from rarezoo.tokenizer_transplant.transplanting import TransplantContext, plan_transplant, run_method
 
 FIXTURES = Path(__file__).parent / "fixtures" / "tokenizer_transplant"
 
@@ -356,3 +359,187 @@ def test_magikarp_reproduces_mergekit(parity):
         found[context.targets] = made.apply(parity["base"][position], head=bool(position))
         found[zeroed] = 0
         torch.testing.assert_close(found, parity["expected"][f"omp_k4_magikarp.{table}"], atol=1e-5, rtol=0)
+
+
+def test_a_plan_with_mergekits_compatibility(parity):
+    matrix, report = plan_transplant(
+        *parity["tokenizers"],
+        *parity["base"],
+        "omp",
+        donor_tables=tuple(parity["donor"]),
+        compatibility="mergekit",
+        k=8,
+    )
+    assert_rows(matrix, parity, "omp_k8", 1e-5, rows=parity["meta"]["mergekit_row_ids"])
+    assert report.provenance["counts"]["combined"] == 94
+
+
+# --- our own rules ----------------------------------------------------------------------------------------------------
+
+
+def own_context(parity, **changes) -> TransplantContext:
+    """As by default: matched by bytes, special tokens by role."""
+    context = mergekit_context(parity, compatibility=None)
+    matches = match_vocabularies(context.base, context.new, context.base_rows)
+    targets = (matches.base_ids < 0).nonzero()[:, 0]
+    return dataclasses.replace(context, matched=matches.base_ids, targets=targets, **changes)
+
+
+OWN_METHODS = {
+    "omp": {"k": 6},
+    "common_interpolation": {"k": 5},
+    "landmark_pca": {},
+    "stb": {"k": 8},
+    "mp_rope": {"k": 3, "donor_heads": 2, "base_heads": 2},
+}
+
+
+@pytest.mark.parametrize("method", OWN_METHODS)
+def test_input_table_and_head_have_coefficients_of_their_own(method, parity):
+    """The head's rows are those that a tied model with these heads as tables would get."""
+    context = own_context(parity)
+    both = run_method(context, method, OWN_METHODS[method])
+    for position in (0, 1):
+        base, donor = parity["base"][position], parity["donor"][position]
+        alone = own_context(parity, input_table=base, head_table=None, donor_input=donor, donor_head=None)
+        rows = run_method(alone, method, OWN_METHODS[method])
+        assert rows.head is None
+        torch.testing.assert_close(both.apply(base, head=bool(position)), rows.apply(base), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("method", OWN_METHODS)
+def test_a_donor_without_head_serves_both_tables_with_its_input_table(method, parity):
+    tied = run_method(own_context(parity, donor_head=None), method, OWN_METHODS[method])
+    twice = run_method(own_context(parity, donor_head=parity["donor"][0].clone()), method, OWN_METHODS[method])
+    for position in (0, 1):
+        base = parity["base"][position]
+        torch.testing.assert_close(
+            tied.apply(base, head=bool(position)), twice.apply(base, head=bool(position)), atol=0, rtol=0
+        )
+
+
+@pytest.mark.parametrize("method", OWN_METHODS)
+def test_a_rotated_copy_of_the_base_gives_back_the_base(method, parity):
+    """Where the donor is the base, turned, every well-posed method finds the base's own rows."""
+    if method in ("common_interpolation", "mp_rope"):
+        pytest.skip("a combination of few neighbours, or of turned anchors, is no exact copy")
+    table = random(536, 24, seed=8)
+    turned = table @ torch.linalg.qr(random(24, 24, seed=9)).Q
+    matched = torch.arange(536)
+    matched[500:] = -1
+    context = own_context(parity, input_table=table, head_table=None, donor_input=turned, donor_head=None)
+    context = dataclasses.replace(context, matched=matched, targets=torch.arange(500, 536))
+    options = {"omp": {"k": 24}, "stb": {"k": 24}}.get(method, {})
+    rows = run_method(context, method, options).apply(table)
+    torch.testing.assert_close(rows, table[500:], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", OWN_METHODS)
+def test_permuted_targets_and_bfloat16_tables(method, parity):
+    context = own_context(parity)
+    rows = run_method(context, method, OWN_METHODS[method])
+    order = torch.randperm(len(context.targets), generator=torch.Generator().manual_seed(1))
+    permuted = run_method(dataclasses.replace(context, targets=context.targets[order]), method, OWN_METHODS[method])
+    for position in (0, 1):
+        base = parity["base"][position]
+        expected = rows.apply(base, head=bool(position))[order]
+        torch.testing.assert_close(permuted.apply(base, head=bool(position)), expected, atol=1e-6, rtol=1e-5)
+    halves = {
+        name: getattr(context, name).bfloat16() for name in ("input_table", "head_table", "donor_input", "donor_head")
+    }
+    full = {name: table.float() for name, table in halves.items()}
+    rough = run_method(dataclasses.replace(context, **halves), method, OWN_METHODS[method])
+    exact = run_method(dataclasses.replace(context, **full), method, OWN_METHODS[method])
+    rounded = exact.apply(full["head_table"], head=True).bfloat16()
+    assert torch.equal(rough.apply(halves["head_table"], head=True), rounded)
+
+
+def test_rows_that_the_donor_cannot_describe_stay_undefined(parity):
+    donor = [table.clone() for table in parity["donor"]]
+    context = own_context(parity, donor_input=donor[0], donor_head=donor[1])
+    donor[0][context.targets[3]] = 0  # never trained, in one table only
+    rows = run_method(context, "omp", {"k": 4})
+    assert rows.undefined().tolist() == [3]
+    assert context.notes["omp: tokens with fewer than k anchors"] == 1
+    matrix, _ = plan_transplant(*parity["tokenizers"], *parity["base"], "omp", donor_tables=tuple(donor), k=4)
+    assert not len(matrix.undefined())
+
+
+def test_what_donor_methods_need(parity):
+    with pytest.raises(ValueError, match="needs donor="):
+        run_method(own_context(parity, donor_input=None), "omp", {})
+    with pytest.raises(ValueError, match="k must be between 1 and the number of anchors"):
+        run_method(own_context(parity), "omp", {"k": 600})
+    with pytest.raises(ValueError, match="distance_proportional, barycentric, least_squares"):
+        run_method(own_context(parity), "common_interpolation", {"weight_scheme": "nearest"})
+    with pytest.raises(ValueError, match="7 heads do not divide a width of 16"):
+        run_method(own_context(parity), "mp_rope", {"donor_heads": 7, "base_heads": 2})
+
+
+def test_partial_matches_by_bytes(parity):
+    context = own_context(parity)
+    matches = partial_matches(context, prefix_match="yes")
+    bytes_of = context.base.token_bytes
+    longest = 0
+    for new_id, base_id in zip(context.targets.tolist(), matches.input.tolist()):
+        raw = context.new.token_bytes[new_id]
+        if new_id in context.new.special_ids:
+            assert base_id == -1
+        elif base_id >= 0:
+            assert raw.startswith(bytes_of[base_id]) and bytes_of[base_id].strip() and bytes_of[base_id] != raw
+            longer = [raw[:stop] for stop in range(len(bytes_of[base_id]) + 1, len(raw))]
+            assert not set(longer) & {bytes_of[i] for i in context.base.used_ids if i not in context.base.special_ids}
+            longest = max(longest, len(bytes_of[base_id]))
+    assert longest > 2
+    assert (partial_matches(context, byte_match="yes").input == -1).all()  # the matching by bytes left none
+    few = partial_matches(context, prefix_match="yes", base_ids=matches.input[matches.input >= 0][:1])
+    assert set(few.input.tolist()) == {-1, int(matches.input[matches.input >= 0][0])}
+
+
+def test_partial_matches_of_one_table_and_mergekits_exchange_of_the_two(parity):
+    context = own_context(parity)
+    rows = run_method(context, "omp", {"k": 4})
+    for compatibility, first in ((None, 0), ("mergekit", 1)):
+        context = dataclasses.replace(context, compatibility=compatibility)
+        for choice, copied_table in (("embed", first), ("lm_head", 1 - first)):
+            matches = partial_matches(context, prefix_match=choice)
+            assert (matches[1 - copied_table] == -1).all()
+            mixed = with_partial_matches(rows, matches)
+            for position, base in enumerate(parity["base"]):
+                expected, copied = rows.apply(base, head=bool(position)), matches[position] >= 0
+                expected[copied] = base[matches[position][copied]]
+                assert torch.equal(mixed.apply(base, head=bool(position)), expected)
+    with pytest.raises(ValueError, match="prefix_match is one of no, yes, embed, lm_head, not 'both'"):
+        partial_matches(context, prefix_match="both")
+    assert with_partial_matches(rows, partial_matches(context)) is rows
+
+
+def test_another_process_with_other_hashes_and_threads_takes_the_same_rows(parity, tmp_path):
+    script = """
+import sys, torch
+from pathlib import Path
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+from rarezoo.tokenizer_transplant.transplanting import plan_transplant
+torch.set_num_threads(2)
+folder, out = map(Path, sys.argv[1:])
+names = ("model.embed_tokens.weight", "lm_head.weight")
+stored = [load_file(folder / f"{model}_model/model.safetensors") for model in ("base", "donor")]
+base, donor = (tuple(tensors[name] for name in names) for tensors in stored)
+tokenizers = [AutoTokenizer.from_pretrained(folder / f"{model}_model") for model in ("base", "donor")]
+for method in ("omp", "common_interpolation"):
+    plan_transplant(*tokenizers, *base, method, donor_tables=donor, k=8)[0].save(out / method)
+"""
+    subprocess.run(
+        [sys.executable, "-c", script, str(FIXTURES), str(tmp_path)],
+        env={**os.environ, "PYTHONHASHSEED": "4711"},
+        check=True,
+    )
+    for method in ("omp", "common_interpolation"):
+        theirs = TransplantMatrix.load(tmp_path / method)
+        ours, _ = plan_transplant(
+            *parity["tokenizers"], *parity["base"], method, donor_tables=tuple(parity["donor"]), k=8
+        )
+        for head in (False, True):
+            assert torch.equal(theirs.rows_for(head).base_ids, ours.rows_for(head).base_ids)
+            torch.testing.assert_close(theirs.rows_for(head).weights, ours.rows_for(head).weights, atol=1e-6, rtol=1e-6)
