@@ -33,12 +33,16 @@ from rarezoo.training.recipe import LanguageModelRecipe as LanguageModelRecipe
 from rarezoo.training.recipe import LateInteractionRecipe as LateInteractionRecipe
 from rarezoo.training.recipe import SparseTrainingRecipe as SparseTrainingRecipe
 from rarezoo.training.recipe import TrainingRecipe as TrainingRecipe
+from rarezoo.training.recipe import TransplantTrainingRecipe as TransplantTrainingRecipe
 from rarezoo.training.recipe import load_recipe as load_recipe
 from rarezoo.training.run import build_from_preset as build_from_preset
 from rarezoo.training.run import load_for_training as load_for_training
 from rarezoo.training.run import train as train
 from rarezoo.training.stabilization import stabilization_loss as stabilization_loss
 from rarezoo.training.stabilization import stabilize as stabilize
+from rarezoo.training.tokenizer_transplant import align_chunks as align_chunks
+from rarezoo.training.tokenizer_transplant import alm_loss as alm_loss
+from rarezoo.training.tokenizer_transplant import only_embeddings_train as only_embeddings_train
 from rarezoo.training.trainer import CollapseCallback as CollapseCallback
 from rarezoo.training.trainer import LateInteractionTrainer as LateInteractionTrainer
 from rarezoo.training.trainer import SparseRetrievalTrainer as SparseRetrievalTrainer

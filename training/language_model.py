@@ -61,7 +61,7 @@ def train_language_model(
     processes = PartialState()
     check_folder(recipe, output_dir, resume)
     processes.wait_for_everyone()
-    texts = _rows(rows, recipe.training_data)
+    texts = text_rows(rows, recipe.training_data)
     if texts is None and recipe.task == "text":
         raise ValueError("no texts to train on: set training_data in the recipe, or pass rows")
     if texts is not None and recipe.task != "text":
@@ -71,7 +71,7 @@ def train_language_model(
     set_seed(recipe.seed)
     model, tokenizer = build_language_model(recipe, tokenize=texts is not None and not _are_ids(texts))
     train_dataset = _dataset(recipe, texts, tokenizer, model)
-    evaluation_texts = _rows(evaluation_rows, recipe.evaluation_data)
+    evaluation_texts = text_rows(evaluation_rows, recipe.evaluation_data)
     eval_dataset = None if evaluation_texts is None else pack_texts(evaluation_texts, tokenizer, recipe.sequence_length)
     checkpoints = output_dir / CHECKPOINT_FOLDER
     with cleared_after_a_mistake(output_dir, resume):
@@ -231,7 +231,8 @@ def make_optimizer(recipe: LanguageModelRecipe, model: nn.Module) -> torch.optim
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
-def _rows(rows: Sequence[str | Row] | None, paths: str | list[str] | None) -> Sequence[str | Row] | None:
+def text_rows(rows: Sequence[str | Row] | None, paths: str | list[str] | None) -> Sequence[str | Row] | None:
+    """The given rows, or those of the files; None where there are neither."""
     if rows is not None or paths is None:
         return rows
     found = [_read(Path(path)) for path in ([paths] if isinstance(paths, str) else paths)]

@@ -22,7 +22,7 @@ RECIPE_FILE = "training_recipe.json"
 # Beside it, where its files lie on this machine: never published with the checkpoint.
 PATHS_FILE = "training_paths.json"
 # Fields that may name a file or folder.
-_PATHS = ("training_data", "queries", "corpus", "evaluation_data", "model", "tokenizer")
+_PATHS = ("training_data", "queries", "corpus", "evaluation_data", "model", "tokenizer", "teacher")
 
 _POSITIVE = (
     "vocabulary_size",
@@ -38,7 +38,17 @@ _POSITIVE = (
     "accumulation_steps",
     "sequence_length",
     "scale_learning_rate_factor",
+    "temperature",
 )
+
+
+def check_types_and_signs(recipe: Any) -> None:
+    """Raises `ValueError` that names the field."""
+    check_field_types(recipe)
+    for name in _POSITIVE:
+        value = getattr(recipe, name, None)
+        if value is not None and value <= 0:
+            raise ValueError(f"{name} must be above 0, found {value}")
 
 
 def check_common_fields(recipe: Any) -> None:
@@ -47,11 +57,7 @@ def check_common_fields(recipe: Any) -> None:
     Raises:
         ValueError: naming the field.
     """
-    check_field_types(recipe)
-    for name in _POSITIVE:
-        value = getattr(recipe, name, None)
-        if value is not None and value <= 0:
-            raise ValueError(f"{name} must be above 0, found {value}")
+    check_types_and_signs(recipe)
     if (recipe.model is None) == (recipe.preset is None):
         raise ValueError(
             f"a recipe needs either a model to fine-tune or a preset to start from, found model={recipe.model!r} and "
@@ -430,6 +436,101 @@ class LanguageModelRecipe(StoredRecipe):
 _LANGUAGE_MODEL_TASKS = ("text", "lookup")
 
 
+@dataclass
+class TransplantTrainingRecipe(StoredRecipe):
+    """After-care of a language model with a transplanted tokenizer: its embeddings and head learn, the rest is frozen.
+
+    Args:
+        model: checkpoint folder or Hub name of the model with its new tokenizer, plain or of the family
+            `tokenizer_transplant`; the result is plain.
+        training_data: file of text, or several, as of `LanguageModelRecipe`.
+        evaluation_data: the same; its loss is logged ten times.
+        objective: "language_modeling", or "alm": the text's probabilities under `teacher`, chunk by chunk, as in
+            `alm_loss`.
+        teacher: of "alm": folder or Hub name of the model before its transplantation, with its own tokenizer.
+        trained_rows: which rows of the tables learn: "all"; "new", those that the transplantation did not copy, as
+            `transplant_report.json` in the model's folder tells; or a list of ids. The others stay bit-identical. Rows
+            that input table and head share are trained once.
+        lora: adapt the layers between the tables by LoRA, merged into the result.
+        lora_rank, lora_alpha, lora_dropout: of LoRA.
+        lora_target_modules: names of the adapted layers; None takes all linear layers but the head.
+        temperature: of "alm": chunks' log-probabilities are divided by it.
+        tokenizer: folder or Hub name; None takes the model's.
+        dtype: of the frozen weights, "float32", "bfloat16" or "float16"; what learns is float32. The result has it.
+        sequence_length: tokens in a row, of model and teacher alike.
+        learning_rate: highest value: a linear warm-up over `warmup_steps`, then linear decay.
+        beta1, beta2: decay of AdamW's averages of gradients and of their squares.
+        weight_decay, max_grad_norm: as in `TrainingArguments`.
+        batch_size: rows per step and process.
+        accumulation_steps: batches whose gradients are averaged before a step.
+        max_steps: optimiser steps.
+        bf16, activation_checkpointing, logging_steps, save_steps, seed: as in `TrainingRecipe`.
+        family: names the kind of recipe.
+    """
+
+    model: str | None = None
+    training_data: str | list[str] | None = None
+    evaluation_data: str | list[str] | None = None
+    objective: str = "language_modeling"
+    teacher: str | None = None
+    trained_rows: str | list[int] = "all"
+    lora: bool = False
+    lora_rank: int = 64
+    lora_alpha: float = 64
+    lora_dropout: float = 0.0
+    lora_target_modules: list[str] | None = None
+    temperature: float = 100.0
+    tokenizer: str | None = None
+    dtype: str = "float32"
+    sequence_length: int = 512
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    batch_size: int = 16
+    accumulation_steps: int = 1
+    max_steps: int = 1000
+    bf16: bool = False
+    activation_checkpointing: bool = False
+    logging_steps: int = 10
+    save_steps: int = 500
+    seed: int = 0
+    family: str = "tokenizer_transplant"
+
+    def __post_init__(self):
+        check_types_and_signs(self)
+        if self.model is None:
+            raise ValueError("a recipe of after-care needs the model that got the new tokenizer: set model")
+        if self.objective not in ("language_modeling", "alm"):
+            raise ValueError(f"objective must be 'language_modeling' or 'alm', found {self.objective!r}")
+        if (self.objective == "alm") != (self.teacher is not None):
+            raise ValueError(
+                f"objective 'alm' and only it needs a teacher, found {self.objective!r} and {self.teacher!r}"
+            )
+        if self.trained_rows not in ("all", "new") and not _are_ids(self.trained_rows):
+            raise ValueError(f"trained_rows must be 'all', 'new' or a list of ids, found {self.trained_rows!r}")
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype must be 'float32', 'bfloat16' or 'float16', found {self.dtype!r}")
+        if self.sequence_length < 2:
+            raise ValueError(f"sequence_length must be at least 2, found {self.sequence_length}")
+
+    @classmethod
+    def as_published(cls, **overrides: Any) -> TransplantTrainingRecipe:
+        """tokenkit's approximate likelihood matching: 5,000 steps of AdamW at 1e-5 after 2,000 of warm-up, LoRA of rank
+        and alpha 64 on all projections, all rows of the tables."""
+        settings: dict[str, Any] = {
+            "objective": "alm",
+            "lora": True,
+            "learning_rate": 1e-5,
+            "warmup_steps": 2000,
+            "max_steps": 5000,
+            "batch_size": 64,
+        }
+        return cls(**{**settings, **overrides})
+
+
 def load_recipe(path: str | Path) -> StoredRecipe:
     """Read a recipe file, or the one stored in a checkpoint folder, of whichever kind (see `recipe_class`)."""
     file = _recipe_file(path)
@@ -445,11 +546,14 @@ def recipe_class(settings: Mapping[str, Any]) -> type[StoredRecipe]:
 
     Raises `ValueError` for a family that there is not.
     """
-    family = None
-    if isinstance(settings.get("family"), str):
-        family = _family_name(settings["family"])
+    named, family = settings.get("family"), None
+    if isinstance(named, str):
+        known = named.replace("-", "_")
+        family = known if known in _RECIPES_OF_FAMILIES else _family_name(named)
     elif isinstance(settings.get("model"), str):
         family = family_of(settings["model"])
+    if family in _RECIPES_OF_FAMILIES:
+        return _RECIPES_OF_FAMILIES[family]
     representation = FAMILIES[family].representation if family in FAMILIES else "sparse"
     return _RECIPES[representation]
 
@@ -460,6 +564,12 @@ _RECIPES: dict[str, type[StoredRecipe]] = {
     "multi-vector": LateInteractionRecipe,
     "text": LanguageModelRecipe,
 }
+# Before that: families whose training is of a kind of its own. This one's results are plain models of any type.
+_RECIPES_OF_FAMILIES: dict[str | None, type[StoredRecipe]] = {"tokenizer_transplant": TransplantTrainingRecipe}
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(entry) is int and entry >= 0 for entry in value)
 
 
 def _listed(value: Any) -> list[Any]:

@@ -37,6 +37,7 @@ from rarezoo.training.recipe import (
     SparseTrainingRecipe,
     StoredRecipe,
     TrainingRecipe,
+    TransplantTrainingRecipe,
 )
 from rarezoo.training.run_folder import (
     CHECKPOINT_FOLDER,
@@ -46,6 +47,7 @@ from rarezoo.training.run_folder import (
     export_run,
     last_whole_checkpoint,
 )
+from rarezoo.training.tokenizer_transplant import train_transplanted
 from rarezoo.training.trainer import (
     LateInteractionTrainer,
     RetrievalTrainer,
@@ -69,7 +71,8 @@ def train(
     callbacks: Sequence[TrainerCallback] = (),
     resume: bool = False,
 ) -> dict[str, Any]:
-    """Train a model and save it: a retriever, or, by a `LanguageModelRecipe`, a language model.
+    """Train a model and save it: a retriever, or, by a `LanguageModelRecipe`, a language model, or, by a
+    `TransplantTrainingRecipe`, one with a transplanted tokenizer.
 
     `output_dir` becomes a checkpoint for AutoModel and AutoProcessor, with `training_recipe.json`,
     `training_paths.json` (the absolute paths of the recipe, if any: the one file that tells of this machine) and
@@ -95,6 +98,8 @@ def train(
     """
     if isinstance(recipe, LanguageModelRecipe):
         return train_language_model(recipe, output_dir, rows, evaluation_rows, callbacks, resume)
+    if isinstance(recipe, TransplantTrainingRecipe):
+        return train_transplanted(recipe, output_dir, rows, evaluation_rows, callbacks, resume)
     output_dir = Path(output_dir)
     processes = PartialState()
     check_folder(recipe, output_dir, resume)
