@@ -52,7 +52,7 @@ def as_auxiliary_vectors(source: Any, *, cache_folder: str | os.PathLike | None 
     - an encoder of transformers, alone (its tokenizer is then loaded from where the encoder came from) or as a pair
       `(encoder, tokenizer)`: the mean of the last hidden states over all positions, special tokens included;
     - a model of sentence-transformers, or the name of one: its own pooling, without a prompt;
-    - word vectors: an object with `get_word_vector(string)` (fastText; strings with inner whitespace go to
+    - word vectors: an object with `get_word_vector(string)` (fastText; strings of several words go to
       `get_sentence_vector` where there is one), or with `string in it` and `it[string]` (gensim);
     - an object that has `vectors(strings)` already, which is returned as it is.
 
@@ -105,7 +105,10 @@ class VectorTable:
 
 
 class WordVectors:
-    """Static word vectors: a fastText model, gensim's KeyedVectors, or what answers like them. Zero counts as none."""
+    """Static word vectors: a fastText model, gensim's KeyedVectors, a mapping, or what answers like them.
+
+    Strings are looked up without the whitespace around them, as words have none; a zero vector counts as none.
+    """
 
     def __init__(self, source: Any):
         self._source = source
@@ -120,11 +123,14 @@ class WordVectors:
         return table, (table != 0).any(1)
 
     def _vector(self, string: str) -> Any:
-        if hasattr(self._source, "get_word_vector"):
-            if len(string.split()) > 1 and hasattr(self._source, "get_sentence_vector"):
-                return self._source.get_sentence_vector(string.replace("\n", " "))  # fastText refuses line ends
-            return self._source.get_word_vector(string)
-        return self._source[string] if string in self._source else None
+        words = string.split()
+        if not words:
+            return None
+        if not hasattr(self._source, "get_word_vector"):
+            return self._source[string.strip()] if string.strip() in self._source else None
+        if len(words) > 1 and hasattr(self._source, "get_sentence_vector"):
+            return self._source.get_sentence_vector(" ".join(words))  # fastText refuses line ends
+        return self._source.get_word_vector(string.strip())
 
 
 class EncoderVectors:
