@@ -78,6 +78,18 @@ def test_both_forms_take_the_same_anchors_whatever_the_tiles(monkeypatch):
         torch.testing.assert_close(gram.weights, direct.weights, atol=2e-6, rtol=1e-5)
 
 
+def test_targets_that_the_gram_form_cannot_trust_are_repeated():
+    anchors, targets = random(80, 48), random(40, 48, seed=1)
+    targets[::3] = random(14, 3, seed=2) @ anchors[:3]  # three steps reach them: no signal is left for the others
+    gram = orthogonal_matching_pursuit(targets, anchors, 10, algorithm="gram")
+    direct = orthogonal_matching_pursuit(targets, anchors, 10, algorithm="direct")
+    assert torch.equal(gram.indices, direct.indices)
+    torch.testing.assert_close(gram.weights, direct.weights, atol=1e-6, rtol=1e-5)
+    for row in range(0, 40, 3):
+        support, _ = reference_pursuit(targets[row], anchors, int((gram.indices[row] >= 0).sum()))
+        assert gram.indices[row][gram.indices[row] >= 0].tolist() == support
+
+
 @pytest.mark.parametrize("algorithm", ["gram", "direct"])
 def test_duplicated_and_zero_anchors_get_no_weight(algorithm):
     distinct = random(6, 32)
@@ -418,11 +430,9 @@ def test_a_donor_without_head_serves_both_tables_with_its_input_table(method, pa
         )
 
 
-@pytest.mark.parametrize("method", OWN_METHODS)
+@pytest.mark.parametrize("method", ["omp", "landmark_pca", "stb"])
 def test_a_rotated_copy_of_the_base_gives_back_the_base(method, parity):
-    """Where the donor is the base, turned, every well-posed method finds the base's own rows."""
-    if method in ("common_interpolation", "mp_rope"):
-        pytest.skip("a combination of few neighbours, or of turned anchors, is no exact copy")
+    """Where the donor is the base, turned, the methods that describe it completely find the base's own rows."""
     table = random(536, 24, seed=8)
     turned = table @ torch.linalg.qr(random(24, 24, seed=9)).Q
     matched = torch.arange(536)

@@ -22,14 +22,15 @@ ALGORITHMS = ("auto", "gram", "direct")
 WEIGHT_SCHEMES = ("distance_proportional", "barycentric", "least_squares")
 
 # Bytes of the correlations that one tile of targets keeps: on a CPU they stay in the cache.
-_TILE_BYTES = {"cpu": 24 * 2**20, "cuda": 2**31}
+_TILE_BYTES = {"cpu": 16 * 2**20, "cuda": 2**31}
 _BLOCK_TARGETS = 256  # targets whose products with all anchors are computed at once
 
 # A residual or an atom's remainder below this part of the target or atom is rounding, not signal: the pursuit ends.
 _TOLERANCE = 1e-6
-# The Gram form loses digits as residuals and remainders shrink. Below this part (of squared norms) targets are
-# repeated in the direct form, which computes with the residual itself.
-_TRUSTED_PART = 1e-3
+# The Gram form loses digits as residuals and remainders shrink. Below these parts of squared norms, targets are
+# repeated in the direct form, which computes with the vectors themselves.
+_TRUSTED_ENERGY = 1e-3
+_TRUSTED_REMAINDER = 1e-2
 # Corrections of least-squares weights (relative): two sweeps leave about the square of it as error.
 _CONVERGED = 1e-4
 _SPARE_CANDIDATES = 16  # neighbours ranked again by exact distances, beyond those asked for
@@ -42,16 +43,14 @@ _STEP_BYTES = 24.0  # bytes that one pass over the correlations of one step cost
 
 
 class _Supports(NamedTuple):
-    """Chosen anchors of some targets and the Cholesky factor of their Gram matrices.
+    """Chosen anchors of some targets and the Cholesky factors of their Gram matrices.
 
     indices: `(targets, k)` int64, -1 where the pursuit ended before.
     factors: `(targets, k, k)` float64, lower triangular; rows of unused places are those of the identity.
-    trusted: `(targets,)` bool, False where the Gram form lost too many digits.
     """
 
     indices: Tensor
     factors: Tensor
-    trusted: Tensor
 
 
 def orthogonal_matching_pursuit(
@@ -108,65 +107,70 @@ def _cheaper_algorithm(targets: int, anchors: int, width: int, sparsity: int, me
 def _supports_of_block(targets: Tensor, anchors: Tensor, gram: Tensor | None, sparsity: int) -> _Supports:
     if gram is None:
         return _direct_pursuit(targets, anchors, sparsity)
-    correlations = targets @ anchors.T
     tile_bytes = _TILE_BYTES.get(targets.device.type, _TILE_BYTES["cuda"])
     tile = max(1, tile_bytes // (4 * sparsity * len(anchors)))
-    tiles = [
-        _gram_pursuit(part, energies, gram, sparsity)
-        for part, energies in zip(correlations.split(tile), targets.double().square().sum(1).split(tile))
-    ]
-    supports = _Supports(*(torch.cat(field) for field in zip(*tiles)))
-    again = (~supports.trusted).nonzero().squeeze(1)
+    tiles = zip((targets @ anchors.T).split(tile), targets.double().square().sum(1).split(tile))
+    parts, trusted = zip(*(_gram_pursuit(correlations, energies, gram, sparsity) for correlations, energies in tiles))
+    supports = _Supports(*(torch.cat(field) for field in zip(*parts)))
+    again = (~torch.cat(trusted)).nonzero().squeeze(1)
     if len(again):
         repeated = _direct_pursuit(targets[again], anchors, sparsity)
-        supports.indices[again], supports.factors[again] = repeated.indices, repeated.factors
+        for field, repeated_field in zip(supports, repeated):
+            field[again] = repeated_field
     return supports
 
 
-def _gram_pursuit(correlations: Tensor, energies: Tensor, gram: Tensor, sparsity: int) -> _Supports:
+def _gram_pursuit(correlations: Tensor, energies: Tensor, gram: Tensor, sparsity: int) -> tuple[_Supports, Tensor]:
     """The pursuit in terms of inner products only (Batch-OMP), for a tile of targets.
 
-    The taken anchors are orthogonalised implicitly: `projected[i]` holds the inner products of all anchors with the
-    i-th orthogonal direction, from which the correlations of the next residual follow by one subtraction.
+    The taken anchors are orthogonalised implicitly: `projected[i]` holds the inner products of all anchors with what
+    the i-th taken anchor adds to those before it, from which the correlations of the next residual follow by one
+    subtraction. Which targets ended early or lost digits on the way is found out afterwards.
 
     correlations: `(tile, anchors)` float32, inner products of targets and anchors; overwritten.
     energies: `(tile,)` float64, squared norms of the targets; gram: `(anchors, anchors)` float32.
+    Returns the supports and whether each can be trusted, `(tile,)` bool: if not, all of its values are meaningless.
     """
     tile, anchors = correlations.shape
-    indices, factors = _no_supports(tile, sparsity, correlations.device)
+    indices = torch.zeros(tile, sparsity, dtype=torch.int64, device=correlations.device)
     projected = correlations.new_empty(sparsity, tile, anchors)
-    remainders = torch.ones(tile, sparsity, dtype=torch.float64, device=correlations.device)
+    shares, taken = correlations.new_zeros(sparsity, tile, sparsity), correlations.new_empty(sparsity, tile, 1)
+    remainders = correlations.new_empty(tile, sparsity)
     magnitudes = torch.empty_like(correlations)
-    left, rows = energies.clone(), torch.arange(tile, device=correlations.device)
-    active, trusted = energies > 0, torch.ones_like(energies, dtype=torch.bool)
     for step in range(sparsity):
-        chosen = _first_largest(torch.abs(correlations, out=magnitudes))
-        correlation = correlations[rows, chosen].double()
-        trusted &= ~active | (left > _TRUSTED_PART * energies)
-        shares = projected[:step, rows, chosen].T.double() / remainders[:, :step]  # (tile, step)
-        size = gram[chosen, chosen].double()
-        remainder = size - (shares.square() * remainders[:, :step]).sum(1)
-        trusted &= ~active | (correlation == 0) | (remainder > _TRUSTED_PART * size)
-        active &= trusted & (correlation != 0)
-        if not active.any():
-            break
-
-        indices[:, step] = torch.where(active, chosen, -1)
-        remainders[:, step] = torch.where(active, remainder, 1.0)
-        roots = remainders[:, : step + 1].sqrt()
-        factors[:, step, :step] = torch.where(active[:, None], shares * roots[:, :step], 0.0)
-        factors[:, step, step] = roots[:, step]
-
-        torch.index_select(gram, 0, chosen, out=projected[step])
+        chosen = _first_largest(torch.abs(correlations, out=magnitudes)).unsqueeze(1)
+        indices[:, step : step + 1] = chosen
+        torch.gather(correlations, 1, chosen, out=taken[step])
+        torch.index_select(gram, 0, chosen.squeeze(1), out=projected[step])
         if step:
-            directions = projected[:step].transpose(0, 1)
-            projected[step].unsqueeze(1).baddbmm_(shares.float().contiguous().unsqueeze(1), directions, alpha=-1)
-        amount = torch.where(active, correlation / remainders[:, step], 0.0)
-        left -= amount.square() * remainders[:, step]
-        correlations.addcmul_(amount.float().unsqueeze(1), projected[step], value=-1)
+            before = projected[:step].transpose(0, 1)  # (tile, step, anchors)
+            share = shares[step, :, :step]
+            torch.div(
+                before.gather(2, chosen.unsqueeze(1).expand(-1, step, 1)).squeeze(2), remainders[:, :step], out=share
+            )
+            projected[step].unsqueeze(1).baddbmm_(share.contiguous().unsqueeze(1), before, alpha=-1)
+        torch.gather(projected[step], 1, chosen, out=remainders[:, step : step + 1])
+        correlations.addcmul_(taken[step] / remainders[:, step : step + 1], projected[step], value=-1)
         # Taken anchors are orthogonal to the residual: what rounding left there must not be chosen.
-        correlations.scatter_(1, indices[:, : step + 1].clamp(min=0), 0.0)
-    return _Supports(indices, factors, trusted)
+        correlations.scatter_(1, indices[:, : step + 1], 0.0)
+    return _checked_supports(indices, taken.squeeze(2).T, remainders, shares.transpose(0, 1), energies, gram.diagonal())
+
+
+def _checked_supports(
+    indices: Tensor, taken: Tensor, remainders: Tensor, shares: Tensor, energies: Tensor, sizes: Tensor
+) -> tuple[_Supports, Tensor]:
+    """What the steps of a Gram pursuit amount to.
+
+    indices, taken, remainders: `(tile, sparsity)`, the anchor of every step, its correlation with the residual and the
+    squared norm of what it adds; shares: `(tile, sparsity, sparsity)`, how much of the earlier additions is in it.
+    """
+    remainders = remainders.double()
+    left = energies.unsqueeze(1) - (taken.double().square() / remainders).cumsum(1)
+    left_before = torch.cat([energies.unsqueeze(1), left[:, :-1]], 1)
+    sound = (taken != 0) & (left_before > _TRUSTED_ENERGY * energies.unsqueeze(1))
+    sound &= remainders > _TRUSTED_REMAINDER * sizes[indices]
+    factors = (shares.double() + torch.eye(shares.shape[1], device=shares.device)) * remainders.sqrt().unsqueeze(1)
+    return _Supports(indices, factors), sound.all(1)  # NaN is not sound
 
 
 def _direct_pursuit(targets: Tensor, anchors: Tensor, sparsity: int) -> _Supports:
@@ -198,7 +202,7 @@ def _direct_pursuit(targets: Tensor, anchors: Tensor, sparsity: int) -> _Support
         direction = torch.where(active[:, None], remainders / lengths[:, None], 0.0)
         directions[:, step] = direction
         residuals -= (residuals * direction).sum(1, keepdim=True) * direction
-    return _Supports(indices, factors, torch.ones_like(active))
+    return _Supports(indices, factors)
 
 
 def _orthogonal_remainders(atoms: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
