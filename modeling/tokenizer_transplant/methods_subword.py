@@ -125,11 +125,12 @@ def _cosines_with_pieces(
     strings = sorted({*texts, *piece_texts.values()})
     place = {string: position for position, string in enumerate(strings)}
     vectors, has_vector = auxiliary.vectors(strings)
-    vectors = torch.nn.functional.normalize(vectors.double(), dim=1) * has_vector[:, None]
+    norms = vectors.norm(dim=1, dtype=torch.float64)
+    norms[~has_vector | (norms == 0)] = torch.inf
     left = torch.tensor([place[text] for text, row in zip(texts, pieces) for _ in row], dtype=torch.int64)
     right = torch.tensor([place[piece_texts[token_id]] for row in pieces for token_id in row], dtype=torch.int64)
     found = [
-        (vectors[one] * vectors[other]).sum(1)
+        (vectors[one].double() * vectors[other].double()).sum(1) / norms[one] / norms[other]
         for one, other in zip(left.split(_ENTRIES_AT_ONCE), right.split(_ENTRIES_AT_ONCE))
     ]
     cosines = torch.zeros(used.shape, dtype=torch.float64)
@@ -141,10 +142,9 @@ def _cosines_with_pieces(
 def _global_rows(
     context: TransplantContext, auxiliary: Any, temperature: float, top_k: int, threshold: float
 ) -> TransplantMatrix:
-    base_ids = _searchable_ids(context)
-    base_texts = _base_texts(context, base_ids)
-    keys, has_key = auxiliary.vectors(base_texts)
-    base_ids = torch.tensor(base_ids)[has_key]
+    searchable = _searchable_ids(context)
+    keys, has_key = auxiliary.vectors(_base_texts(context, searchable))
+    base_ids = torch.tensor(searchable, dtype=torch.int64)[has_key]
     texts = _new_texts(context, context.targets.tolist())
     queries, has_query = auxiliary.vectors(texts)
     has_query = has_query & torch.tensor([_is_text(context, text) for text in texts], dtype=torch.bool)

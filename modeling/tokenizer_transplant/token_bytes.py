@@ -152,9 +152,10 @@ class Vocabulary:
         """Bytes -> the id of the ordinary token that stands for them, below `rows`: of several, a real token before
         `<0xNN>`, then the lowest id."""
         found: dict[bytes, int] = {}
-        ordinary = [i for i in self.used_ids if i < rows and i not in self.special_ids and self.token_bytes[i]]
+        ordinary = [token_id for token_id in self.used_ids if token_id < rows and token_id not in self.special_ids]
         for token_id in sorted(ordinary, key=lambda i: (self.is_byte_token[i], i)):
-            found.setdefault(self.token_bytes[token_id], token_id)
+            if raw := self.token_bytes[token_id]:
+                found.setdefault(raw, token_id)
         return found
 
     def _joined(self, ids: Iterable[int], rows: int) -> bytes | None:

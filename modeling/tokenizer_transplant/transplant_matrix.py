@@ -381,13 +381,13 @@ def _weighted_sum(parts: Sequence[CombinationRows], factors: Tensor) -> Combinat
 
 
 def _merged(rows: CombinationRows) -> CombinationRows:
-    """Entries of one base id within a row added up, each at the place of the first."""
+    """Entries of one base id within a row added up, in the order of the ids."""
     row_of = torch.arange(len(rows)).repeat_interleave(rows.lengths)
-    keys = torch.stack([row_of, rows.base_ids], 1)
-    unique, inverse = keys.unique(dim=0, return_inverse=True)
-    weights = torch.zeros(len(unique), dtype=torch.float64).index_add_(0, inverse, rows.weights.double()).float()
-    lengths = torch.bincount(unique[:, 0], minlength=len(rows))
-    return CombinationRows(_offsets_of(lengths), unique[:, 1], weights, rows.dense_positions, rows.dense)
+    width = int(rows.base_ids.max()) + 1 if len(rows.base_ids) else 1
+    keys, inverse = (row_of * width + rows.base_ids).unique(return_inverse=True)
+    weights = torch.zeros(len(keys), dtype=torch.float64).index_add_(0, inverse, rows.weights.double()).float()
+    lengths = torch.bincount(keys // width, minlength=len(rows))
+    return CombinationRows(_offsets_of(lengths), keys % width, weights, rows.dense_positions, rows.dense)
 
 
 def _without_zeros(rows: CombinationRows) -> CombinationRows:
