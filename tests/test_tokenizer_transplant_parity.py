@@ -326,16 +326,37 @@ def test_parts_of_a_mix_that_are_undefined(tables):
     assert torch.equal(mixed.apply(tables[0])[1:], expected[1:]), "copies stay copies"
 
 
-def test_fallbacks(tokenizers, tables, auxiliary):
-    few = {string: vector for string, vector in auxiliary.items() if len(string) < 3}
-    matrix, report = plan(tokenizers, tables, auxiliary=few, weight=1.0, fallback=["retok"])
-    assert report.notes["rows by method"]["tokenadapt"] + report.notes["rows by method"]["retok"] == 94
-    assert report.notes["rows by method"]["retok"] > 10
+def test_fallbacks(tokenizers, tables):
     retok = plan(tokenizers, tables, "retok")[0].apply(tables[0])
+    matrix, report = plan(tokenizers, tables, "mapping", mapping={"de": "d"}, fallback=["retok", ("normal", {})])
+    assert report.notes["rows by method"] == {"mapping": 1, "retok": 93}
     new_id = tokenizers[1].convert_tokens_to_ids("Wolkenkratzer")
     assert torch.equal(matrix.apply(tables[0])[new_id], retok[new_id])
-    with pytest.raises(ValueError, match=r"tokens, such as .* have no row by tokenadapt: add 'mean' to fallback"):
-        plan(tokenizers, tables, auxiliary=few, weight=1.0, fallback=[])
+    with pytest.raises(ValueError, match=r"93 tokens, such as .* have no row by mapping: add 'mean' to fallback"):
+        plan(tokenizers, tables, "mapping", mapping={"de": "d"}, fallback=[])
+
+
+@pytest.mark.parametrize("weight", [0.3, 1.0])
+def test_one_half_of_tokenadapt_counts_in_full_where_the_other_is_missing(weight, tokenizers, tables, auxiliary):
+    local = plan(tokenizers, tables, auxiliary=auxiliary, weight=0.0)[0].apply(tables[0])
+    both, report = plan(tokenizers, tables, auxiliary=auxiliary, weight=weight, threshold=1.1)  # above every cosine
+    assert report.counts == {"copied": 440, "special": 2, "combined": 94}
+    torch.testing.assert_close(both.apply(tables[0]), local, atol=1e-7, rtol=0)
+
+
+def test_equal_auxiliary_vectors_are_told_apart_by_id(tokenizers, tables, auxiliary):
+    """An uncased encoder gives "The", "the" and " the" one vector: the lowest id wins, and the report counts it."""
+    same = {string: torch.ones(12) for string in auxiliary}
+    matrix, report = plan(tokenizers, tables, auxiliary=same, weight=1.0, top_k=3)
+    rows = [
+        row for row in report.rows() if row["source"] == "combined" and "\ufffd" not in tokenizers[1].decode(row["id"])
+    ]
+    texts = [tokenizers[0].decode([token_id]) for token_id in range(len(tokenizers[0]))]
+    lowest = [i for i, text in enumerate(texts) if i > 3 and text in same and "\ufffd" not in text][:3]
+    found = [row for row in rows if row["base_ids"] == lowest]
+    assert len(found) == report.notes["targets with equal auxiliary similarities"] > 50
+    close(torch.tensor([row["weights"] for row in found]), torch.full((len(found), 3), 1 / 3), 1e-7)
+    assert matrix.counts()["combined"] == 94
 
 
 def test_rescaling(tokenizers, tables):

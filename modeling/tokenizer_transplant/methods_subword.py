@@ -51,7 +51,7 @@ def tokenadapt(
     full; where neither does, the row is undefined.
 
     Args:
-        weight: of the global row, 0 (local only: nothing is searched) to 1 (global only).
+        weight: of the global row, from 0 (only where there is no local row: hardly anything is searched) to 1.
         temperature: of both softmaxes; 1e-5 is added.
         top_k: base tokens of a global row.
         threshold: base tokens of a smaller cosine get no weight in the global row.
@@ -65,13 +65,19 @@ def tokenadapt(
     _check_options(weight, temperature, top_k, local_score_temperature, length_weight)
     auxiliary = as_auxiliary_vectors(context.require_auxiliary("tokenadapt"))
     temperature += _TEMPERATURE_FLOOR
-    parts = []
-    if weight < 1:
-        local = _local_rows(context, auxiliary, temperature, local_score_temperature, length_weight)
-        parts.append((local, 1 - weight))
-    if weight > 0:
-        parts.append((_global_rows(context, auxiliary, temperature, top_k, threshold), weight))
-    return blend(parts)
+
+    def local_rows(context: TransplantContext) -> TransplantMatrix:
+        return _local_rows(context, auxiliary, temperature, local_score_temperature, length_weight)
+
+    def global_rows(context: TransplantContext) -> TransplantMatrix:
+        return _global_rows(context, auxiliary, temperature, top_k, threshold)
+
+    if 0 < weight < 1:
+        return blend([(local_rows(context), 1 - weight), (global_rows(context), weight)])
+    first, second = (global_rows, local_rows) if weight else (local_rows, global_rows)
+    matrix = first(context)
+    missing = matrix.undefined()
+    return matrix.replaced(missing, second(context.with_targets(context.targets[missing]))) if len(missing) else matrix
 
 
 def _check_options(weight: float, temperature: float, top_k: int, score_temperature: float, length: float) -> None:

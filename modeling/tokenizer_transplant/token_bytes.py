@@ -28,8 +28,8 @@ ROLES = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
 # What takes a role that the base lacks.
 _SUBSTITUTE_ROLES = {"bos": "cls", "cls": "bos", "eos": "sep", "sep": "eos", "mask": "pad"}
 _CHAT_ROLES = {
-    "turn_start": ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "<|turn>", "[INST]"),
-    "turn_end": ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<turn|>", "[/INST]"),
+    "turn_start": ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "<|turn>"),
+    "turn_end": ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<turn|>"),
 }
 _METASPACE = "▁"
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
