@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch.nn import functional
-from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertModel, PreTrainedTokenizerFast
 
+from rarezoo.tokenizer_transplant import auxiliary_vectors as vectors_module
 from rarezoo.tokenizer_transplant import nearest_tokens as module
 from rarezoo.tokenizer_transplant.auxiliary_vectors import EncoderVectors, WordVectors, as_auxiliary_vectors
 from rarezoo.tokenizer_transplant.methods_auxiliary import clp, focus, ofa, wechsel
@@ -90,11 +91,16 @@ def test_equal_keys_stand_in_the_order_of_their_positions():
     assert np.array_equal(found.indices.numpy(), best_keys(queries, keys, 40))
 
 
-def test_near_ties_that_float32_products_confuse():
-    """Keys whose cosines differ by less than the error of a float32 product, ranked by float64."""
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_near_ties_that_products_confuse(precision):
+    """Keys whose cosines differ by less than the error of a float32 (or, where torch may, bfloat16) product."""
+    torch.set_float32_matmul_precision(precision)
     direction = functional.normalize(unit_rows(1, 256, 0), dim=1)
     keys = functional.normalize(direction + unit_rows(600, 256, 1) * 1e-3, dim=1)
-    found = nearest_tokens(direction, keys, 30)
+    try:
+        found = nearest_tokens(direction, keys, 30)
+    finally:
+        torch.set_float32_matmul_precision("highest")
     assert np.array_equal(found.indices.numpy(), best_keys(direction, keys, 30))
 
 
@@ -314,6 +320,20 @@ def test_the_cache_is_used_by_other_runs_and_not_by_other_encoders(tmp_path):
         assert len(list(tmp_path.iterdir())) == before + 1
 
 
+def test_a_killed_process_loses_only_its_last_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(vectors_module, "_STRINGS_PER_WRITE", 3)
+    encoder, tokenizer = small_encoder()
+    encoder.__class__ = Counted
+    with torch.no_grad():
+        encoder.embeddings.word_embeddings.weight[4 + 25] = torch.nan  # z, which the longest string has: it comes last
+    strings = ["a", "b", "c", "dd", "zzz"]
+    with pytest.raises(ValueError, match="NaN"):
+        EncoderVectors(encoder, tokenizer, tmp_path).vectors(strings)
+    assert encoder.sequences == 5
+    EncoderVectors(encoder, tokenizer, tmp_path).vectors(strings[:4])
+    assert encoder.sequences == 6
+
+
 def test_a_damaged_cache_is_an_error(tmp_path):
     encoder, tokenizer = small_encoder()
     EncoderVectors(encoder, tokenizer, tmp_path).vectors(STRINGS)
@@ -329,6 +349,12 @@ def test_an_encoder_that_gives_nan_is_an_error():
         encoder.embeddings.word_embeddings.weight[4] = torch.nan
     with pytest.raises(ValueError, match="NaN or infinity, first for 'cat'"):
         as_auxiliary_vectors((encoder, tokenizer)).vectors(["dog", "cat"])
+
+
+def test_a_model_with_a_head_is_no_encoder():
+    encoder, tokenizer = small_encoder()
+    with pytest.raises(TypeError, match="as AutoModel loads it; found BertForMaskedLM"):
+        as_auxiliary_vectors((BertForMaskedLM(encoder.config), tokenizer)).vectors(STRINGS)
 
 
 def test_an_encoder_without_a_tokenizer(tmp_path):

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 _TOKENS_PER_BATCH = 1_024  # more gains no speed on a CPU
+_STRINGS_PER_WRITE = 20_000  # so much work is lost at most when a process is killed
 _EXPECTED = (
     "a mapping {string: vector}, a pair (table, strings), a safetensors file with its strings in JSON, an encoder of "
     "transformers (or a pair (encoder, tokenizer)), a model of sentence-transformers or its name, or word vectors with "
@@ -178,23 +179,36 @@ class EncoderVectors:
         if not strings:
             return []
         limit = self._max_length()
-        return self._tokenizer(strings, truncation=limit is not None, max_length=limit)["input_ids"]
+        return self._tokenizer(
+            strings,
+            truncation=limit is not None,
+            max_length=limit,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )["input_ids"]
 
     def _max_length(self) -> int | None:
         if not self._is_transformers:
-            return self._encoder.max_seq_length
+            return getattr(self._encoder, "max_seq_length", None)
         limits = [self._tokenizer.model_max_length, getattr(self._encoder.config, "max_position_embeddings", None)]
         return min((limit for limit in limits if limit is not None and 0 < limit < 10**9), default=None)
 
     def _encode_missing(self, positions: list[int], strings: list[str], sequences: list[list[int]]) -> None:
-        encoded, order = [], []
+        order: list[int] = []
+        encoded: list[Tensor] = []
         bar = tqdm(total=len(positions), desc="auxiliary vectors", unit="string", leave=None, disable=None)
         with bar, _evaluation_mode(self._encoder):
             for batch in _batches_of_one_length(positions, sequences):
                 encoded.append(self._encode(batch, strings, sequences))
                 order += batch
                 bar.update(len(batch))
-        new = torch.cat(encoded)
+                if len(order) >= _STRINGS_PER_WRITE:
+                    self._keep(order, torch.cat(encoded), strings, sequences)
+                    order, encoded = [], []
+        if order:
+            self._keep(order, torch.cat(encoded), strings, sequences)
+
+    def _keep(self, order: list[int], new: Tensor, strings: list[str], sequences: list[list[int]]) -> None:
         broken = (~new.isfinite().all(1)).nonzero()[:, 0].tolist()
         if broken:
             raise ValueError(
@@ -215,6 +229,9 @@ class EncoderVectors:
         token_ids = torch.tensor([sequences[position] for position in batch], device=self._encoder.device)
         encoder = self._encoder.get_encoder() if self._encoder.config.is_encoder_decoder else self._encoder
         output = encoder(input_ids=token_ids, attention_mask=torch.ones_like(token_ids))
+        if not hasattr(output, "last_hidden_state"):
+            name = type(self._encoder).__name__
+            raise TypeError(f"expected an encoder without a head, as AutoModel loads it; found {name}")
         return output.last_hidden_state.float().mean(1).cpu()
 
     # --- the cache ----------------------------------------------------------------------------------------------------

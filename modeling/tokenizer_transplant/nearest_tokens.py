@@ -26,6 +26,8 @@ _FIRST_SUPPORT = 64  # cosines per row that sparsemax looks at first
 _CANDIDATE_BYTES = 80  # an index and a similarity, several times while tiles are merged
 _QUERY_TILE = 512  # rows are enough for a matrix product at full speed
 _FLOAT32_UNIT_ROUNDOFF = 2.0**-24
+# What torch may round the factors of float32 products to, by torch.get_float32_matmul_precision(): TF32 or bfloat16.
+_FACTOR_ROUNDING = {"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-7}
 
 
 class NearestTokens(NamedTuple):
@@ -223,7 +225,7 @@ def _directions(vectors: Tensor) -> Tensor:
 def _cosine_error(dim: int) -> float:
     """A bound of the error of float32 cosines: `dim` products and sums of unit vectors, whose components are themselves
     off by the sums of squares, a root and a quotient; and of the rounding of the exact ones."""
-    return 2 * (dim + 8) * _FLOAT32_UNIT_ROUNDOFF
+    return 2 * (dim + 8) * _FLOAT32_UNIT_ROUNDOFF + 2 * _FACTOR_ROUNDING[torch.get_float32_matmul_precision()]
 
 
 # --- exact cosines ----------------------------------------------------------------------------------------------------
