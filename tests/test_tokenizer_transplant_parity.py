@@ -44,6 +44,7 @@ def permuted_tokenizer(tokenizer, order):
         ({**token, "id": order[token["id"]]} for token in settings["added_tokens"]), key=lambda token: token["id"]
     )
     names = {f"{role}_token": getattr(tokenizer, f"{role}_token") for role in ("bos", "eos", "pad")}
+    names = {name: token for name, token in names.items() if token is not None}
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(settings)), **names)
 
 
@@ -235,6 +236,28 @@ def test_identity_and_permutation(method, kind, tokenizers, tables):
         table[5, 3], table[6, 2] = -0.0, 1e-42  # neither signs of zero nor subnormal numbers get lost
         new = matrix.apply(table, head=head)
         assert torch.equal(new[order].view(torch.int32), table[:size].view(torch.int32))
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("tokenadapt", {}),
+        ("tokenadapt", {"weight": 1.0, "top_k": 7}),
+        ("retok", {}),
+        ("fvt", {}),
+        ("subword", {"combination": "weighted_mean"}),
+        ("mean", {}),
+    ],
+)
+def test_rows_do_not_depend_on_the_new_ids(method, options, tokenizers, tables, auxiliary):
+    base, new = tokenizers
+    order = torch.randperm(532, generator=torch.Generator().manual_seed(5))
+    order = torch.cat([order, torch.arange(532, 536)])  # ids of added tokens follow the model's: they cannot move
+    plain, _ = plan_transplant(base, new, *tables, method, auxiliary=auxiliary, **options)
+    renamed = permuted_tokenizer(new, order.tolist())
+    permuted, _ = plan_transplant(base, renamed, *tables, method, auxiliary=auxiliary, **options)
+    for table, head in zip(tables, (False, True)):
+        assert torch.equal(permuted.apply(table, head=head)[order], plain.apply(table, head=head))
 
 
 def test_permuted_logits(tokenizers):

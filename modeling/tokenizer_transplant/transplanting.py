@@ -11,6 +11,7 @@ import copy
 import importlib
 import inspect
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -277,6 +278,9 @@ def plan_transplant(
         "method": str(method),
         "options": as_json(options if isinstance(method, str) else [list(part) for part in method.parts]),
         "fallback": as_json([name for name, _ in chain[1:]]),
+        "auxiliary": as_json(
+            auxiliary if isinstance(auxiliary, (str, os.PathLike, type(None))) else type(auxiliary).__name__
+        ),
         "match": rule,
         "compatibility": compatibility,
         "special_map": dict(special_map or {}),
@@ -404,14 +408,16 @@ class TransplantResult:
         """
         folder = Path(folder)
         if folder.exists() and any(folder.iterdir()):
-            raise FileExistsError(f"{folder} is not empty")
-        beside = folder.with_name(f"{folder.name}.partial")
-        self.model.save_pretrained(beside, **save_options)
-        self.tokenizer.save_pretrained(beside)
-        self.report.save(beside / REPORT_NAME)
-        if folder.exists():
-            folder.rmdir()
-        beside.replace(folder)
+            raise FileExistsError(f"{folder} is not empty: give another folder, or empty it")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
+            new = Path(beside) / folder.name
+            self.model.save_pretrained(new, **save_options)
+            self.tokenizer.save_pretrained(new)
+            self.report.save(new / REPORT_NAME)
+            if folder.exists():
+                folder.rmdir()
+            new.rename(folder)
 
 
 def transplant_tokenizer(
