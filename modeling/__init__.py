@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from rarezoo.mistral_splade import MistralSpladeForRetrieval as MistralSpladeForRetrieval
     from rarezoo.mistral_splade import MistralSpladeModel as MistralSpladeModel
     from rarezoo.mistral_splade import MistralSpladeProcessor as MistralSpladeProcessor
+    from rarezoo.tokenizer_transplant import TransplantedConfig as TransplantedConfig
+    from rarezoo.tokenizer_transplant import TransplantedForCausalLM as TransplantedForCausalLM
+    from rarezoo.tokenizer_transplant import TransplantedForMaskedLM as TransplantedForMaskedLM
+    from rarezoo.tokenizer_transplant import TransplantedModel as TransplantedModel
 
 __version__ = "0.1.0"
 

@@ -25,7 +25,7 @@ class Family:
     """One row of the table.
 
     Attributes:
-        name: `model_type`, and the name of the family's folder.
+        name: the name of the family's folder, and its `model_type` unless that is given.
         title: the name people use.
         summary: one sentence: what goes in, what comes out.
         representation: what the model produces: "sparse", "multi-vector", "dense", "hybrid" or "text".
@@ -38,6 +38,7 @@ class Family:
         full_precision_modules: modules that quantized variants leave alone (output heads; embeddings never are
             quantized, since only `nn.Linear` is).
         paper: arXiv identifier.
+        model_type: of the family's configurations, where it is not the family's name.
     """
 
     name: str
@@ -52,6 +53,10 @@ class Family:
     backbone: str | None = None
     full_precision_modules: tuple[str, ...] = ()
     paper: str | None = None
+    model_type: str = ""
+
+    def __post_init__(self):
+        object.__setattr__(self, "model_type", self.model_type or self.name)
 
     def module(self, kind: str) -> ModuleType:
         """Import `configuration`, `modeling` or `processing` of the family."""
@@ -112,6 +117,36 @@ FAMILIES: dict[str, Family] = {
             lora_target_modules=("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"),
             paper="2305.16349",
         ),
+        Family(
+            name="tokenizer_transplant",
+            title="Transplanted tokenizer",
+            summary="Any pretrained model with another tokenizer, stored as the megabytes that make the new tables.",
+            representation="text",
+            config="TransplantedConfig",
+            base_model="TransplantedModel",
+            auto_classes={
+                "AutoModel": "TransplantedModel",
+                "AutoModelForCausalLM": "TransplantedForCausalLM",
+                "AutoModelForMaskedLM": "TransplantedForMaskedLM",
+            },
+            # What the layers are called in the bases: Llama's kind, BERT's, GPT-2's and T5's.
+            lora_target_modules=(
+                "q_proj",
+                "k_proj",
+                "v_proj",
+                "o_proj",
+                "query",
+                "key",
+                "value",
+                "c_attn",
+                "q",
+                "k",
+                "v",
+            ),
+            full_precision_modules=("lm_head", "decoder"),
+            paper="2505.09738",
+            model_type="transplanted",
+        ),
     )
 }
 
@@ -122,7 +157,7 @@ def family_of(checkpoint: str) -> str | None:
     for family in FAMILIES.values():
         with contextlib.suppress(OSError, ValueError):
             settings, _ = family.config_class().get_config_dict(checkpoint)
-            if settings.get("model_type") == family.name:
+            if settings.get("model_type") == family.model_type:
                 return family.name
     return None
 
@@ -185,9 +220,9 @@ def _make_lazy(mapping: Any, pending: dict[str, Callable[[], tuple[Any, Any]]]) 
 
 def _register_configs(module: ModuleType) -> None:
     def entry(family: Family):
-        return lambda: (family.name, family.config_class())
+        return lambda: (family.model_type, family.config_class())
 
-    _make_lazy(module.CONFIG_MAPPING, {family.name: entry(family) for family in FAMILIES.values()})
+    _make_lazy(module.CONFIG_MAPPING, {family.model_type: entry(family) for family in FAMILIES.values()})
 
 
 def _register_models(module: ModuleType) -> None:
@@ -231,7 +266,7 @@ def _register_peft_targets(module: ModuleType) -> None:
         linear = lora.get(family.backbone)
         for table in tables:
             usual = table.get(family.backbone, linear)
-            table.setdefault(family.name, list(family.lora_target_modules if usual == linear else usual))
+            table.setdefault(family.model_type, list(family.lora_target_modules if usual == linear else usual))
 
 
 _AFTER_IMPORT: dict[str, Callable[[ModuleType], None]] = {

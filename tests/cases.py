@@ -1,7 +1,7 @@
 """One row per family, by which the common tests know how to build it, feed it and read its answer.
 
 `rarezoo.auto.FAMILIES` says what exists, this table how to test it: a family without a row fails
-`test_common_checkpoints.py::test_every_family_has_a_case`.
+`test_common_checkpoints.py::test_every_family_has_a_case`, unless its checkpoints hold no weights.
 """
 
 import os
@@ -291,6 +291,9 @@ CASES = {
         ),
     )
 }
+
+# Families whose checkpoints hold no weights, with the file that tests what else is common.
+STORED_WITHOUT_WEIGHTS = {"tokenizer_transplant": "test_tokenizer_transplant_stored.py"}
 
 HEADS = [(family, auto_class) for family, case in CASES.items() for auto_class in case.heads]
 VOCABULARY_HEADS = [(family, auto_class) for family, auto_class in HEADS if CASES[family].vocabulary_head]

@@ -5,6 +5,7 @@ import copy
 import json
 import pickle
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import rarezoo
 from rarezoo.auto import FAMILIES
 from rarezoo.configs import list_presets, load_preset
 
-from .cases import CASES, HEADS, auto
+from .cases import CASES, HEADS, STORED_WITHOUT_WEIGHTS, auto
 
 
 def files_of(folder) -> dict[str, bytes]:
@@ -35,7 +36,8 @@ def head(request):
 
 
 def test_every_family_has_a_case():
-    assert CASES.keys() == FAMILIES.keys()
+    assert CASES.keys() | STORED_WITHOUT_WEIGHTS.keys() == FAMILIES.keys()
+    assert all((Path(__file__).parent / name).is_file() for name in STORED_WITHOUT_WEIGHTS.values())
     for family, case in CASES.items():
         assert FAMILIES[family].auto_classes == case.heads
         assert FAMILIES[family].config_class().model_type == family

@@ -8,8 +8,16 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+)
 
+from rarezoo import MistralSpladeConfig, MistralSpladeForMaskedLM
 from rarezoo.tokenizer_transplant.checkpoint_streaming import (
     StoredCheckpoint,
     rewrite_checkpoint,
@@ -252,6 +260,22 @@ def test_quantized_checkpoints(tmp_path):
     assert torch.equal(quantized.lm_head.weight.float(), base.lm_head.weight.to(quantized.lm_head.weight.dtype).float())
     with pytest.raises(ValueError, match=r"lm_head.weight in .* is quantized \(torch.uint8\)"):
         StoredCheckpoint.open(tmp_path / "head")
+
+
+def test_a_class_of_an_installed_plugin(tmp_path):
+    torch.manual_seed(0)
+    config = MistralSpladeConfig(
+        vocab_size=576, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8,
+    )  # fmt: skip
+    model = MistralSpladeForMaskedLM(config)
+    model.save_pretrained(tmp_path / "base")
+    transplant_checkpoint(tmp_path / "base", DONOR, tmp_path / "out", "mean", base_tokenizer=BASE)
+    result = transplant_tokenizer(model, DONOR, "mean", base_tokenizer=BASE)
+    found = tensors_in(tmp_path / "out")
+    assert found["lm_head.weight"].shape == (536, 16)
+    assert all(torch.equal(tensor, found[name]) for name, tensor in result.model.state_dict().items())
+    assert type(AutoModelForMaskedLM.from_pretrained(tmp_path / "out")) is MistralSpladeForMaskedLM
 
 
 def test_generation_settings_of_the_folder(tmp_path):

@@ -5,6 +5,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .auxiliary_vectors import as_auxiliary_vectors as as_auxiliary_vectors
+    from .checkpoint_streaming import transplant_checkpoint as transplant_checkpoint
+    from .configuration_tokenizer_transplant import TransplantedConfig as TransplantedConfig
+    from .modeling_tokenizer_transplant import TransplantedForCausalLM as TransplantedForCausalLM
+    from .modeling_tokenizer_transplant import TransplantedForMaskedLM as TransplantedForMaskedLM
+    from .modeling_tokenizer_transplant import TransplantedModel as TransplantedModel
     from .token_bytes import Vocabulary as Vocabulary
     from .token_bytes import match_vocabularies as match_vocabularies
     from .transplant_matrix import SourceKind as SourceKind
@@ -25,6 +30,10 @@ _LAZY = {
     "TransplantMatrix": ".transplant_matrix",
     "TransplantReport": ".transplant_report",
     "TransplantResult": ".transplanting",
+    "TransplantedConfig": ".configuration_tokenizer_transplant",
+    "TransplantedForCausalLM": ".modeling_tokenizer_transplant",
+    "TransplantedForMaskedLM": ".modeling_tokenizer_transplant",
+    "TransplantedModel": ".modeling_tokenizer_transplant",
     "Vocabulary": ".token_bytes",
     "as_auxiliary_vectors": ".auxiliary_vectors",
     "match_vocabularies": ".token_bytes",
@@ -32,6 +41,7 @@ _LAZY = {
     "mix": ".transplanting",
     "plan_transplant": ".transplanting",
     "register_method": ".transplanting",
+    "transplant_checkpoint": ".checkpoint_streaming",
     "transplant_tokenizer": ".transplanting",
     "trim_tokenizer": ".vocabulary_trimming",
 }

@@ -338,9 +338,9 @@ def _model_class(config: Any, folder: Path, trust_remote_code: bool) -> type[Any
 
             return get_class_from_dynamic_module(reference, str(folder))
     for auto_class in ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM", "AutoModel"):
-        mapping = getattr(transformers, auto_class)._model_mapping
-        if type(config) in mapping.keys() and mapping[type(config)].__name__ == name:
-            return mapping[type(config)]
+        known = getattr(transformers, auto_class)._model_mapping.get(type(config), None)
+        if getattr(known, "__name__", None) == name:
+            return known
     raise ValueError(f"the class {name} of {folder} is not known: import its library, or pass trust_remote_code=True")
 
 

@@ -60,12 +60,15 @@ class TokenIds:
     @classmethod
     def of(cls, matrix: TransplantMatrix, tokenizer: Any, base_tokenizer: Any = None) -> TokenIds:
         """From the matrix and the tokenizers (any objects with `bos_token_id`, `eos_token_id`, …)."""
-        return cls(
-            _role_ids(tokenizer),
-            _role_ids(base_tokenizer) if base_tokenizer is not None else {},
-            _copied_ids(matrix),
-            padding_ids(matrix).tolist(),
-        )
+        base_roles = _role_ids(base_tokenizer) if base_tokenizer is not None else {}
+        return cls.from_roles(matrix, _role_ids(tokenizer), base_roles)
+
+    @classmethod
+    def from_roles(
+        cls, matrix: TransplantMatrix, roles: dict[str, int | None], base_roles: dict[str, int | None]
+    ) -> TokenIds:
+        """From the matrix and the ids that were read from tokenizers before; roles that are not named have no token."""
+        return cls({**dict.fromkeys(_ROLES), **roles}, base_roles, _copied_ids(matrix), padding_ids(matrix).tolist())
 
     def translate(self, base_id: int) -> int | None:
         """The new id with the role, or else with the row, of a base id; None where there is none."""
