@@ -8,9 +8,10 @@ with the published ones (probabilities scaled to 1); for XQuAD also by language.
 Encoding: CPU seconds per million characters of one text, by its length, on one thread: the tokenizer alone, the same
 with `encode_long_text` (the same ids, asserted), and the tokenizer that cuts at words.
 
-    python benchmarks/bench_supertokens.py FOLDER [--picture FILE]
+    python benchmarks/bench_supertokens.py [FOLDER] [--picture FILE]
 
-FOLDER holds wikitext2/valid.txt.gz, tinyshakespeare/input.txt.gz and xquad/{en,de,es}.json.gz.
+FOLDER holds wikitext2/valid.txt.gz, tinyshakespeare/input.txt.gz and xquad/{en,de,es}.json.gz; without it, only the
+documentation strings are read.
 """
 
 from __future__ import annotations
@@ -76,13 +77,16 @@ def halves(texts: list[str]) -> tuple[list[str], list[str]]:
     return texts[:border], texts[border:]
 
 
-def read_corpora(folder: Path) -> dict[str, tuple[list[str], list[str]]]:
+def read_corpora(folder: Path | None) -> dict[str, tuple[list[str], list[str]]]:
+    documentation = {"documentation strings": halves(list(docstrings()))}
+    if folder is None:
+        return documentation
     languages = [halves(xquad(folder, language)) for language in LANGUAGES]
     return {
         "wikitext-2": halves(paragraphs(folder / "wikitext2" / "valid.txt.gz")),
         "tiny Shakespeare": halves(paragraphs(folder / "tinyshakespeare" / "input.txt.gz")),
         "XQuAD": tuple([text for language in languages for text in language[part]] for part in (0, 1)),
-        "documentation strings": halves(list(docstrings())),
+        **documentation,
     }
 
 
@@ -99,7 +103,7 @@ def trained(training: list[str], size: int) -> dict:
 
 
 def compression(corpora: dict) -> tuple[dict, dict]:
-    """Figures by corpus and size; and the whole report of the largest wikitext-2 pair, for the picture."""
+    """Figures by corpus and size; and the whole report of the first corpus's largest pair, for the picture."""
     figures: dict = {}
     pictured: dict = {}
     for corpus, (training, held_out) in corpora.items():
@@ -115,7 +119,7 @@ def compression(corpora: dict) -> tuple[dict, dict]:
                 "supertokens / words, bytes per token": round(gain, 4),
                 "training of all three, CPU seconds": round(seconds, 2),
             }
-            if corpus == "wikitext-2":
+            if corpus == next(iter(corpora)):
                 pictured = {name: compared[name] for name in ("words", "supertokens")}
             if len(tokenizers["words"]) < size:
                 break
@@ -162,24 +166,20 @@ def encoding_cost(training: list[str]) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path, help="texts, see above")
-    parser.add_argument("--picture", type=Path, help="draw wikitext-2's comparison into this file")
+    parser.add_argument("folder", type=Path, nargs="?", help="texts, see above")
+    parser.add_argument("--picture", type=Path, help="draw the first text's comparison into this file")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", message="the probabilities of the chunk lengths")
     corpora = read_corpora(arguments.folder)
     figures, pictured = compression(corpora)
     if arguments.picture:
         draw_comparison(pictured, arguments.picture)
-    report(
-        "supertokens",
-        __doc__.split("\n\n")[0],
-        {
-            "held-out text, by vocabulary size": figures,
-            "XQuAD by language, 8,000 tokens, bytes per token": by_language(arguments.folder),
-            "CPU seconds per million characters of one text": encoding_cost(corpora["tiny Shakespeare"][0]),
-        },
-        packages=("tokenizers", "transformers"),
-    )
+    results = {"held-out text, by vocabulary size": figures}
+    if arguments.folder:
+        results["XQuAD by language, 8,000 tokens, bytes per token"] = by_language(arguments.folder)
+    training = corpora["tiny Shakespeare" if arguments.folder else "documentation strings"][0]
+    results["CPU seconds per million characters of one text"] = encoding_cost(training)
+    report("supertokens", __doc__.partition("\n")[0], results, packages=("tokenizers", "transformers"))
 
 
 if __name__ == "__main__":

@@ -222,8 +222,8 @@ def train_supertokens(
     without any randomness, adds nothing to a text, and opens through `AutoTokenizer` anywhere.
 
     Args:
-        texts: read once, one at a time; may be a generator. The library's trainer counts the different chunks in
-            memory: about 100 bytes for each; see `max_chunks`.
+        texts: read once, one at a time; may be a generator. The library's trainer, however, keeps all different chunks
+            in memory, about 1.4 kB for each, and a gigabyte of text has some 70 million: see `max_chunks`.
         vocab_size: entries, special tokens and the 256 bytes included; few texts may give fewer, with a warning.
         chunk_lengths: or a mapping for `ChunkLengths.from_mapping`.
         min_frequency: how often a pair must occur to be merged.
