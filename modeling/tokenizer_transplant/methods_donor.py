@@ -100,8 +100,10 @@ def _combined(
     context.notes[f"{method}: tokens with fewer than k anchors"] = int(
         (lengths < combinations[0].indices.shape[1]).sum()
     )
-    head = {"head_indices": rows[1][0], "head_weights": rows[1][1]} if len(rows) == 2 else {}
-    return TransplantMatrix.from_combinations(*rows[0], context.base_rows, **head)
+    head_indices, head_weights = rows[1] if len(rows) == 2 else (None, None)
+    return TransplantMatrix.from_combinations(
+        *rows[0], context.base_rows, head_indices=head_indices, head_weights=head_weights
+    )
 
 
 # --- methods whose rows are images under a map of spaces --------------------------------------------------------------

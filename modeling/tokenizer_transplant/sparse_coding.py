@@ -1,8 +1,8 @@
 """Vectors as sparse combinations of anchor vectors: pure numerics of the methods that work in a donor model's space.
 
 `orthogonal_matching_pursuit` gives the supports of `mergekit.tokensurgeon.batch_omp` in a fraction of the time,
-`nearest_anchors` and `interpolation_weights` are the k nearest anchors and what they weigh, `procrustes_map` and
-`sparse_basis` carry a space over into another, `rotary_matching_pursuit` lets atoms turn by rotary positions.
+`interpolation` combines the nearest anchors, `procrustes_map` and `sparse_basis` carry a space over into another,
+`rotary_matching_pursuit` lets anchors turn by rotary positions; `under_trained_rows` tells which anchors to trust.
 
 A combination is two tensors: `indices` `(targets, k)` int64 into the anchors and `weights` `(targets, k)` float32.
 Places that a target does not use stand last, with index -1 and weight 0.
@@ -37,9 +37,10 @@ _SPARE_CANDIDATES = 16  # neighbours ranked again by exact distances, beyond tho
 _LEAST_DISTANCE = 1e-6  # mergekit's: distances below weigh as this one, sums of cosines below count as none
 _LEAST_SIZE = 1e-8  # of an atom's squared norm, in mp_rope
 _LEAST_COSINE = 0.5  # with the mean unused row, for a row to count as unused itself
-# What a byte of correlations read from the cache costs in units of one multiply-add's floating-point operations.
-_OPERATIONS_PER_BYTE = 2.0
-_STEP_BYTES = 24.0  # bytes that one pass over the correlations of one step costs beside the projections, per anchor
+# The cost model, measured on one thread: operations of a matrix product in the time in which a byte of correlations
+# comes from the cache, and bytes per anchor and step besides those of the earlier directions.
+_OPERATIONS_PER_BYTE = 1.2
+_STEP_BYTES = 24.0
 
 
 class _Supports(NamedTuple):
@@ -82,7 +83,7 @@ def orthogonal_matching_pursuit(
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm is one of {', '.join(ALGORITHMS)}, not {algorithm!r}")
     if algorithm == "auto":
-        algorithm = _cheaper_algorithm(len(targets), *anchors.shape, sparsity, memory_budget)
+        algorithm = _cheaper_algorithm(len(targets), len(anchors), anchors.shape[1], sparsity, memory_budget)
 
     gram = anchors @ anchors.T if algorithm == "gram" else None
     results = [torch.empty(0, sparsity, dtype=torch.int64, device=targets.device)]
