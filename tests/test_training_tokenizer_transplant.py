@@ -26,6 +26,8 @@ from transformers import (
 )
 
 from rarezoo.tokenizer_transplant import supertokens
+from rarezoo.tokenizer_transplant.modeling_tokenizer_transplant import TransplantedForCausalLM
+from rarezoo.tokenizer_transplant.transplanting import transplant_tokenizer
 from rarezoo.training import TransplantTrainingRecipe, align_chunks, alm_loss, load_recipe, only_embeddings_train, train
 from rarezoo.training.tokenizer_transplant import (
     alignment_rows,
@@ -182,7 +184,7 @@ def test_new_rows_by_the_report(tmp_path):
     (tmp_path / "transplant_report.json").write_text(json.dumps({"tokens": tokens[:2]}))
     with pytest.raises(ValueError, match="no row is new"):
         new_row_ids(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"there is no transplant_report\.json"):
+    with pytest.raises(FileNotFoundError, match=r"neither transplant_report\.json nor"):
         new_row_ids(tmp_path / "other")
 
 
@@ -431,6 +433,27 @@ def test_bfloat16(tmp_path):
     train(small_recipe(dtype="bfloat16", trained_rows=[20], max_steps=2), tmp_path / "out", rows=TEXTS)
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("stored", ["plain", "as the matrix alone"])
+def test_after_a_transplantation(stored, tokenizers, tmp_path):
+    """The new rows learn, those that the base had stay its own, whichever way the model was stored."""
+    result = transplant_tokenizer(str(BASE), tokenizers[0], method="retok")
+    folder = tmp_path / "transplanted"
+    if stored == "plain":
+        result.save_pretrained(folder)
+    else:
+        model = TransplantedForCausalLM.from_base(str(BASE), result.matrix, tokenizers[0], tokenizers[1])
+        model.save_pretrained(folder)
+        tokenizers[0].save_pretrained(folder)
+    result.model.save_pretrained(tmp_path / "reference")
+    new = {row["id"] for row in result.report.rows() if row["source"] not in ("copied", "special", "padding")}
+    assert set(new_row_ids(folder)) == new and len(new) > 50
+    recipe = small_recipe(model=str(folder), teacher=str(BASE), objective="alm", trained_rows="new")
+    train(recipe, tmp_path / "out", rows=TEXTS)
+    found = changed_rows(tmp_path / "out", tmp_path / "reference")
+    assert sorted(found) == TABLES and set(found["lm_head.weight"]) == new
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "llama"
 
 
 class _Killed(BaseException):

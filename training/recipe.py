@@ -448,9 +448,9 @@ class TransplantTrainingRecipe(StoredRecipe):
         objective: "language_modeling", or "alm": the text's probabilities under `teacher`, chunk by chunk, as in
             `alm_loss`.
         teacher: of "alm": folder or Hub name of the model before its transplantation, with its own tokenizer.
-        trained_rows: which rows of the tables learn: "all"; "new", those that the transplantation did not copy, as
-            `transplant_report.json` in the model's folder tells; or a list of ids. The others stay bit-identical. Rows
-            that input table and head share are trained once.
+        trained_rows: which rows of the tables learn: "all"; "new", those that the transplantation did not copy, as the
+            report or the transplant matrix beside the model tells; or a list of ids. The others stay bit-identical.
+            Rows that input table and head share are trained once.
         lora: adapt the layers between the tables by LoRA, merged into the result.
         lora_rank, lora_alpha, lora_dropout: of LoRA.
         lora_target_modules: names of the adapted layers; None takes all linear layers but the head.

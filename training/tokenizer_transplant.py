@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import set_seed
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
+from rarezoo.tokenizer_transplant.modeling_tokenizer_transplant import MATRIX_NAME
 from rarezoo.tokenizer_transplant.table_surgery import vocabulary_tensors
 from rarezoo.tokenizer_transplant.token_bytes import Vocabulary
+from rarezoo.tokenizer_transplant.transplant_matrix import SourceKind, TransplantMatrix
 from rarezoo.tokenizer_transplant.transplant_report import REPORT_NAME
 from rarezoo.training.language_model import collate_tokens, pack_texts, text_rows
 from rarezoo.training.recipe import TransplantTrainingRecipe
@@ -38,8 +40,8 @@ from rarezoo.training.trainer import show_progress_bar_alone
 logger = logging.get_logger(__name__)
 
 NO_CHUNK = -1
-# Kinds of rows that there is nothing to learn about, see `SourceKind`.
-_NOT_NEW = {"copied", "special", "padding"}
+# Rows that were trained already, or never will be.
+_NOT_NEW = {SourceKind.COPIED, SourceKind.SPECIAL, SourceKind.PADDING}
 _TRAINED_FILE = "trained.safetensors"
 
 
@@ -140,21 +142,38 @@ def _chosen_ids(row_ids: Sequence[int] | Tensor | None, sizes: set[int]) -> Tens
     return ids
 
 
-def new_row_ids(folder: str | Path) -> list[int]:
-    """Ids of the rows that a transplantation did not simply take over, by the report in the model's folder.
+def new_row_ids(model: str | Path) -> list[int]:
+    """Ids of the rows that a transplantation made anew, by the report, or else the transplant matrix, beside the model.
+
+    Args:
+        model: checkpoint folder or Hub name.
 
     Raises:
-        FileNotFoundError: there is no report.
-        ValueError: every row was taken over.
+        FileNotFoundError: there is neither.
+        ValueError: no row is new.
     """
-    path = Path(folder) / REPORT_NAME
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no {REPORT_NAME} in {folder}, which would tell which rows are new: list ids")
-    tokens = json.loads(path.read_text(encoding="utf-8"))["tokens"]
-    ids = [entry["id"] for entry in tokens if entry["source"] not in _NOT_NEW]
+    for name, read in ((REPORT_NAME, _reported_kinds), (MATRIX_NAME, _stored_kinds)):
+        with suppress(OSError):
+            kinds = read(Path(str(cached_file(str(model), name))))
+            break
+    else:
+        raise FileNotFoundError(
+            f"there is neither {REPORT_NAME} nor {MATRIX_NAME} in {model}, which would tell which rows are new: list "
+            "their ids"
+        )
+    ids = [row_id for row_id, kind in enumerate(kinds) if kind not in _NOT_NEW]
     if not ids:
-        raise ValueError(f"{path}: no row is new, all were taken over from the base")
+        raise ValueError(f"{model}: no row is new, all were taken over from the base")
     return ids
+
+
+def _reported_kinds(path: Path) -> list[SourceKind]:
+    tokens = json.loads(path.read_text(encoding="utf-8"))["tokens"]
+    return [SourceKind[entry["source"].upper()] for entry in tokens]
+
+
+def _stored_kinds(path: Path) -> list[SourceKind]:
+    return [SourceKind(kind) for kind in TransplantMatrix.load(path).kinds.tolist()]
 
 
 # --- approximate likelihood matching ----------------------------------------------------------------------------------
@@ -314,11 +333,13 @@ def _cut_rows(
     sequence_length: int,
 ) -> Iterator[dict[str, np.ndarray]]:
     chunks = align_chunks(student_read[1], teacher_read[1])
+    both_end = student.end is not None and teacher.end is not None
     sides = []
     for reader, (ids, _), numbers in zip((student, teacher), (student_read, teacher_read), chunks):
-        if student.end is not None and teacher.end is not None:
-            ids, numbers = [*ids, reader.end], np.append(numbers, numbers[-1] + 1)
-        sides.append((reader, np.array(ids, dtype=np.int64), numbers))
+        read = np.array(ids, dtype=np.int64)
+        if both_end and reader.end is not None:
+            read, numbers = np.append(read, reader.end), np.append(numbers, numbers[-1] + 1)
+        sides.append((reader, read, numbers))
     # Tokens of each side before every border.
     before = [np.append(0, np.bincount(numbers).cumsum()) for _, _, numbers in sides]
     room = [sequence_length - len(reader.prefix) for reader, _, _ in sides]
@@ -330,9 +351,9 @@ def _cut_rows(
             start += 1
             continue
         row: dict[str, np.ndarray] = {}
-        for name, (reader, ids, numbers), counts in zip(("student", "teacher"), sides, before):
+        for name, (reader, read, numbers), counts in zip(("student", "teacher"), sides, before):
             part = slice(counts[start], counts[stop])
-            row[f"{name}_ids"] = np.append(np.array(reader.prefix, dtype=np.int64), ids[part])
+            row[f"{name}_ids"] = np.append(np.array(reader.prefix, dtype=np.int64), read[part])
             row[f"{name}_chunks"] = np.append(np.full(len(reader.prefix), NO_CHUNK), numbers[part] - start)
         if not student.prefix or not teacher.prefix:
             for name in ("student_chunks", "teacher_chunks"):
@@ -377,12 +398,13 @@ class TransplantTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.teacher is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        sides = []
-        for name, network in (("student", model), ("teacher", self.teacher)):
-            ids, mask = inputs[f"{name}_ids"], inputs[f"{name}_mask"]
-            with torch.set_grad_enabled(name == "student" and torch.is_grad_enabled()):
-                sides.append(token_log_probabilities(network(input_ids=ids, attention_mask=mask).logits, ids))
-        loss = alm_loss(*sides, inputs["student_chunks"], inputs["teacher_chunks"], self.temperature)
+        ids, teacher_ids = inputs["student_ids"], inputs["teacher_ids"]
+        with torch.no_grad():
+            logits = self.teacher(input_ids=teacher_ids, attention_mask=inputs["teacher_mask"]).logits
+            expected = token_log_probabilities(logits, teacher_ids)
+        logits = model(input_ids=ids, attention_mask=inputs["student_mask"]).logits
+        found = token_log_probabilities(logits, ids)
+        loss = alm_loss(found, expected, inputs["student_chunks"], inputs["teacher_chunks"], self.temperature)
         return (loss, {}) if return_outputs else loss
 
     def _trained(self, model: Any = None) -> dict[str, nn.Parameter]:
@@ -488,7 +510,7 @@ def load_transplanted(recipe: TransplantTrainingRecipe) -> tuple[Any, Any]:
 
     Raises ValueError where the tables have too few rows for the tokenizer.
     """
-    model = AutoModelForCausalLM.from_pretrained(str(recipe.model), dtype=getattr(torch, recipe.dtype))
+    model: Any = AutoModelForCausalLM.from_pretrained(str(recipe.model), dtype=getattr(torch, recipe.dtype))
     if hasattr(model, "merge_and_unload"):  # one that stores only the transplant matrix
         model = model.merge_and_unload()
     tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer or str(recipe.model))
