@@ -18,6 +18,7 @@ from rarezoo.tokenizer_transplant import (
     method_names,
     mix,
     plan_transplant,
+    register_method,
     transplant_tokenizer,
 )
 from rarezoo.tokenizer_transplant.transplant_matrix import SourceKind, blend
@@ -382,6 +383,23 @@ def test_equal_auxiliary_vectors_are_told_apart_by_id(tokenizers, tables, auxili
     assert matrix.counts()["combined"] == 94
 
 
+def test_a_method_of_ones_own(tokenizers, tables, monkeypatch):
+    def copy_of(context, *, base_id=7):
+        return TransplantMatrix.copies(torch.full((len(context.targets),), base_id), context.base_rows)
+
+    monkeypatch.setattr("rarezoo.tokenizer_transplant.transplanting._OWN_METHODS", {})
+    register_method("copy_of", copy_of)
+    assert "copy_of" in method_names()
+    matrix, _ = plan(tokenizers, tables, "copy_of", base_id=9)
+    new_id = tokenizers[1].convert_tokens_to_ids("Wolkenkratzer")
+    assert torch.equal(matrix.apply(tables[0])[new_id], tables[0][9])
+    with pytest.raises(ValueError, match="there is already a method 'copy_of'"):
+        register_method("copy_of", copy_of)
+    with pytest.raises(ValueError, match="returned 1 rows over 576 base rows; expected 94 over 576"):
+        register_method("short", lambda context: TransplantMatrix.copies(torch.tensor([1]), 576))
+        plan(tokenizers, tables, "short")
+
+
 def test_rescaling(tokenizers, tables):
     plain, _ = plan(tokenizers, tables, "retok")
     rescaled, _ = plan(tokenizers, tables, "retok", rescale="mean_norm")
@@ -465,12 +483,16 @@ def test_dependence_on_other_rows_is_none(tokenizers, tables, auxiliary):
         (["retok"], {"temperature": 1}, "method 'retok' has no option temperature; it has: none"),
         (["tokenadapt"], {}, "method 'tokenadapt' needs auxiliary="),
         (["tokenadapt"], {"auxiliary": {}, "weight": 2}, "weight must lie between 0 and 1, found 2"),
+        (["retok"], {"fallback": ["means"]}, "unknown method 'means'"),
+        ([mix([("retok", 1), ("means", 1)])], {}, "unknown method 'means'"),
+        ([mix([("retok", 1)])], {"k": 3}, "give options to the methods of the mix; found k"),
         (["retok"], {"match": "fuzzy"}, "unknown matching rule 'fuzzy'; known: bytes"),
         (["retok"], {"compatibility": "mergekid"}, "compatibility must be None or one of tokenadapt"),
         (["retok"], {"rescale": "norm"}, "rescale must be 'none' or 'mean_norm'"),
         (["retok"], {"pad_to_multiple_of": 0}, "pad_to_multiple_of must be at least 1"),
         (["retok"], {"special_map": {"<|im_start|>": "<s>"}}, "'<s>', which is no token of the base tokenizer"),
         (["retok"], {"donor_tables": (torch.zeros(5, 4), None)}, "the donor's tables have 5 rows"),
+        (["mapping"], {}, "method 'mapping' needs the option mapping"),
         (["subword"], {"combination": "median"}, "combination must be mean, sum"),
     ],
 )

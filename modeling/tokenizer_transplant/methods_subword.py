@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .auxiliary_vectors import as_auxiliary_vectors
 from .nearest_tokens import nearest_tokens
-from .token_bytes import ROLES
+from .token_bytes import ROLES, mergekit_mark
 from .transplant_matrix import SourceKind, TransplantMatrix, blend
 from .transplanting import TransplantContext
 
@@ -346,7 +346,7 @@ def _mergekit_text(context: TransplantContext, new_id: int) -> str:
         if context.new.roles.get(role) == new_id:
             return f"{role}_token"
     token = context.new.tokens[new_id] or ""
-    mark = "▁" if context.new.scheme == "metaspace" else "Ġ"
+    mark = mergekit_mark(context.new)
     return " " + token[len(mark) :] if token.startswith(mark) else token
 
 

@@ -426,7 +426,7 @@ def _id_of(vocabulary: Vocabulary, token: str, which: str) -> int:
 def _normalized_forms(vocabulary: Vocabulary, by_class: bool) -> list[Any]:
     """mergekit's forms: ("special", role) for named special tokens, ("word start", rest) for tokens with the mark."""
     mark = (
-        _mergekit_mark(vocabulary) if by_class else {"byte_level": "Ġ", "metaspace": _METASPACE}.get(vocabulary.scheme)
+        mergekit_mark(vocabulary) if by_class else {"byte_level": "Ġ", "metaspace": _METASPACE}.get(vocabulary.scheme)
     )
     roles: dict[int, str] = {}
     for role in ROLES:
@@ -443,7 +443,7 @@ def _normalized_forms(vocabulary: Vocabulary, by_class: bool) -> list[Any]:
     return forms
 
 
-def _mergekit_mark(vocabulary: Vocabulary) -> str:
+def mergekit_mark(vocabulary: Vocabulary) -> str:
     """The mark by the tokenizer's class, as mergekit 0.1.5 chooses it: an unknown class counts as byte-level."""
     name = type(vocabulary.tokenizer).__name__
     sentencepiece = name.startswith(("Llama", "T5", "Gemma")) and "Ġhello" not in vocabulary.tokenizer.get_vocab()

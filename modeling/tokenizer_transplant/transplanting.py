@@ -153,16 +153,9 @@ def find_method(name: str) -> Method:
 
 
 def run_method(context: TransplantContext, name: str, options: Mapping[str, Any]) -> TransplantMatrix:
-    """The method's rows for `context.targets`, checked. Raises ValueError for options that the method does not have."""
-    method = find_method(name)
-    accepted = [
-        parameter.name
-        for parameter in inspect.signature(method).parameters.values()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    ]
-    unknown = sorted(set(options) - set(accepted))
-    if unknown:
-        raise ValueError(f"method {name!r} has no option {', '.join(unknown)}; it has: {', '.join(accepted) or 'none'}")
+    """The method's rows for `context.targets`, checked. Raises ValueError for options that the method does not have or
+    needs and does not get."""
+    method = _checked_method(name, options)
     matrix = method(context, **options)
     if len(matrix) != len(context.targets) or matrix.base_rows != context.base_rows:
         raise ValueError(
@@ -170,6 +163,26 @@ def run_method(context: TransplantContext, name: str, options: Mapping[str, Any]
             f"{len(context.targets)} over {context.base_rows}"
         )
     return matrix
+
+
+def _checked_method(name: str, options: Mapping[str, Any]) -> Method:
+    """The method of that name, if the options fit it."""
+    method = find_method(name)
+    own = [
+        parameter
+        for parameter in inspect.signature(method).parameters.values()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    ]
+    accepted = [parameter.name for parameter in own]
+    unknown = sorted(set(options) - set(accepted))
+    if unknown:
+        raise ValueError(f"method {name!r} has no option {', '.join(unknown)}; it has: {', '.join(accepted) or 'none'}")
+    missing = [
+        parameter.name for parameter in own if parameter.default is parameter.empty and parameter.name not in options
+    ]
+    if missing:
+        raise ValueError(f"method {name!r} needs the option {' and '.join(missing)}")
+    return method
 
 
 # --- combinators ------------------------------------------------------------------------------------------------------
@@ -247,6 +260,7 @@ def plan_transplant(
         raise ValueError(f"the head has shape {tuple(head_table.shape)}, the input table {tuple(input_table.shape)}")
     _check_donor(donor_tables, new)
     peer_rule, peer_fallback = _PEERS.get(compatibility or "", ("bytes", _DEFAULT_FALLBACK))
+    chain = _chain(method, options, peer_fallback if fallback is None else fallback)
     rule = match or (_OWN_RULES.get(method, peer_rule) if isinstance(method, str) else peer_rule)
     matches = match_vocabularies(
         base, new, len(input_table), rule=rule, special_map=special_map, compatibility=compatibility
@@ -267,37 +281,55 @@ def plan_transplant(
     )
     if method == "mapping":
         context, matches = _without_mapped(context, matches, options)
-    chain = [
-        (method, options),
-        *(_named_method(member) for member in (peer_fallback if fallback is None else fallback)),
-    ]
     matrix = _matrix(context, matches, chain, pad_to_multiple_of)
-    matrix = _rescaled(matrix, context) if rescale == "mean_norm" else matrix
-    provenance = {
-        "format": 1,
-        "method": str(method),
-        "options": as_json(options if isinstance(method, str) else [list(part) for part in method.parts]),
-        "fallback": as_json([name for name, _ in chain[1:]]),
-        "auxiliary": as_json(
-            auxiliary if isinstance(auxiliary, (str, os.PathLike, type(None))) else type(auxiliary).__name__
-        ),
+    if rescale == "mean_norm":
+        matrix = _rescaled(matrix, context)
+    settings = {
         "match": rule,
-        "compatibility": compatibility,
         "special_map": dict(special_map or {}),
         "rescale": rescale,
         "pad_to_multiple_of": pad_to_multiple_of,
-        "seed": seed,
-        "base_rows": len(input_table),
+    }
+    provenance = _provenance(context, matrix, chain, settings)
+    return matrix, TransplantReport(provenance, matrix, base, new, context.notes)
+
+
+def _chain(method: Any, options: Mapping[str, Any], fallback: Sequence[Any]) -> list[tuple[Any, Mapping[str, Any]]]:
+    """The method and its fallbacks, with their options; their names are checked, also where no row needs them."""
+    chain = [(method, options), *map(_named_method, fallback)]
+    for member, _ in chain:
+        for name in [name for name, *_ in member.parts] if isinstance(member, MethodMix) else [member]:
+            find_method(name)
+    return chain
+
+
+def _provenance(
+    context: TransplantContext,
+    matrix: TransplantMatrix,
+    chain: Sequence[tuple[Any, Mapping[str, Any]]],
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Plain JSON that tells how the matrix was made."""
+    (method, options), *fallback = chain
+    auxiliary = context.auxiliary
+    plain = auxiliary is None or isinstance(auxiliary, (str, os.PathLike))
+    return {
+        "format": 1,
+        "method": str(method),
+        "options": as_json([list(part) for part in method.parts] if isinstance(method, MethodMix) else options),
+        "fallback": as_json([[name, own] if own else name for name, own in fallback]),
+        "compatibility": context.compatibility,
+        **settings,
+        "auxiliary": as_json(auxiliary) if plain else type(auxiliary).__name__,
+        "seed": context.seed,
+        "base_rows": context.base_rows,
         "rows": len(matrix),
-        "tokens": len(new.used_ids),
+        "tokens": len(context.new.used_ids),
         "counts": matrix.counts(),
-        "base_tokenizer_sha256": base.fingerprint,
-        "new_tokenizer_sha256": new.fingerprint,
+        "base_tokenizer_sha256": context.base.fingerprint,
+        "new_tokenizer_sha256": context.new.fingerprint,
         "versions": {module.__name__: module.__version__ for module in (torch, transformers, tokenizers)},
     }
-    if matches.without_row:
-        context.notes["tokens that the base's tokenizer has but its tables have not"] = len(matches.without_row)
-    return matrix, TransplantReport(provenance, matrix, base, new, context.notes)
 
 
 def _check_arguments(compatibility: str | None, rescale: str, pad_to_multiple_of: int) -> None:
@@ -322,6 +354,7 @@ def _without_mapped(
     context: TransplantContext, matches: Matches, options: Mapping[str, Any]
 ) -> tuple[TransplantContext, Matches]:
     """What the caller maps is not copied, even where the base has the same token."""
+    _checked_method("mapping", options)
     resolve = importlib.import_module(".methods_subword", __package__).resolved_mapping
     mapped = torch.tensor(sorted(resolve(context, **options)), dtype=torch.int64)
     base_ids, kinds = matches.base_ids.clone(), matches.kinds.clone()
@@ -344,8 +377,6 @@ def _matrix(
     rows_by_method: dict[str, int] = {}
     for method, options in chain:
         targets = matrix.undefined()
-        if isinstance(method, str):
-            find_method(method)
         if len(targets):
             found = _run(context.with_targets(targets), method, options)
             matrix = matrix.replaced(targets, found)
@@ -358,6 +389,8 @@ def _matrix(
             f"{' or '.join(str(method) for method, _ in chain)}: add 'mean' to fallback"
         )
     context.notes["rows by method"] = rows_by_method
+    if matches.without_row:
+        context.notes["tokens that the base's tokenizer has but its tables have not"] = len(matches.without_row)
     return concatenate([matrix, _padding(rows - len(matrix), context)])
 
 
