@@ -188,7 +188,7 @@ class EncoderVectors:
         )["input_ids"]
 
     def _max_length(self) -> int | None:
-        if not self._is_transformers:
+        if not self._is_transformers or self._tokenizer is None:
             return getattr(self._encoder, "max_seq_length", None)
         limits = [self._tokenizer.model_max_length, getattr(self._encoder.config, "max_position_embeddings", None)]
         return min((limit for limit in limits if limit is not None and 0 < limit < 10**9), default=None)
@@ -242,7 +242,7 @@ class EncoderVectors:
         for name, tensor in sorted(self._encoder.state_dict().items()):
             if torch.is_tensor(tensor):
                 digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+                digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         for module in self._encoder.modules():
             if isinstance(module, PreTrainedModel):
                 settings = module.config.to_dict()

@@ -11,7 +11,7 @@ fallback; with `compatibility` they are drawn as the peer draws them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,13 +52,9 @@ def focus(context: TransplantContext, *, key: str = "text", memory_budget: int =
     matrix = _combinations(context, known, base_ids, found.indices, found.weights)
     if context.compatibility != "focus":
         return matrix
-    generators = torch.Generator().manual_seed(_FOCUS_SEED), torch.Generator().manual_seed(_FOCUS_SEED)
     unknown = (~known).nonzero()[:, 0]
-    drawn = [
-        None if table is None else _normal_rows(len(unknown), table.detach().float().cpu(), generator)
-        for table, generator in zip((context.input_table, context.head_table), generators)
-    ]
-    return matrix.replaced(unknown, _dense_rows(context, *drawn, kind=SourceKind.RANDOM))
+    drawn = _dense_rows(context, lambda table: _deepfocus_draws(len(unknown), table), SourceKind.RANDOM)
+    return matrix.replaced(unknown, drawn)
 
 
 def wechsel(
@@ -94,11 +90,10 @@ def wechsel(
     if context.compatibility != "wechsel":
         return matrix
     unknown = (~has_vector[context.targets]).nonzero()[:, 0]
-    drawn = [
-        None if table is None else _wechsel_draws(context, table)[context.targets[unknown]]
-        for table in (context.input_table, context.head_table)
-    ]
-    return matrix.replaced(unknown, _dense_rows(context, *drawn, kind=SourceKind.RANDOM))
+    drawn = _dense_rows(
+        context, lambda table: _wechsel_draws(context, table)[context.targets[unknown]], SourceKind.RANDOM
+    )
+    return matrix.replaced(unknown, drawn)
 
 
 def ofa(
@@ -129,13 +124,9 @@ def ofa(
     if factor_dimensions is None:
         return matrix
     defined = (matrix.kinds != SourceKind.UNDEFINED).nonzero()[:, 0]
-    rows = [
-        None
-        if table is None
-        else _projected(matrix.select(defined).input.apply(table.float()), table, factor_dimensions)
-        for table in (context.input_table, context.head_table)
-    ]
-    return matrix.replaced(defined, _dense_rows(context, *rows))
+    rows = matrix.input.select(defined)
+    projected = _dense_rows(context, lambda table: _projected(rows.apply(table.float()), table, factor_dimensions))
+    return matrix.replaced(defined, projected)
 
 
 def clp(
@@ -315,15 +306,11 @@ def _cosine_weighted_sums(
     total = directions @ others.sum(0)
     amounts = ((directions @ (others.T @ others)) * directions).sum(1).clamp(min=0).mul(len(others)).sqrt()
     usable = total > _LEAST_SUM * amounts
-    rows = [
-        None
-        if table is None
-        else (directions @ (others.T @ table.detach()[base_ids].double()))[usable] / total[usable, None]
-        for table in (context.input_table, context.head_table)
-    ]
+    shares = directions[usable] / total[usable, None]
+    rows = _dense_rows(context, lambda table: shares @ (others.T @ table.detach()[base_ids].double().cpu()))
     nothing = torch.full((len(context.targets), 0), -1)
     matrix = TransplantMatrix.from_combinations(nothing, nothing.float(), context.base_rows)
-    return matrix.replaced(known.nonzero()[:, 0][usable], _dense_rows(context, *rows))
+    return matrix.replaced(known.nonzero()[:, 0][usable], rows)
 
 
 def _projected(rows: Tensor, table: Tensor, dimensions: int) -> Tensor:
@@ -333,8 +320,11 @@ def _projected(rows: Tensor, table: Tensor, dimensions: int) -> Tensor:
 
 
 def _dense_rows(
-    context: TransplantContext, rows: Tensor, head_rows: Tensor | None, kind: SourceKind = SourceKind.DENSE
+    context: TransplantContext, rows_of: Callable[[Tensor], Tensor], kind: SourceKind = SourceKind.DENSE
 ) -> TransplantMatrix:
+    """Rows that a function makes of the input table and, where there is one, of the head."""
+    rows = rows_of(context.input_table)
+    head_rows = None if context.head_table is None else rows_of(context.head_table)
     nothing = torch.full((len(rows), 0), -1)
     return TransplantMatrix.from_combinations(
         nothing, nothing.float(), context.base_rows, dense=rows, head_dense=head_rows, kind=kind
@@ -344,11 +334,13 @@ def _dense_rows(
 # --- the peers' draws -------------------------------------------------------------------------------------------------
 
 
-def _normal_rows(count: int, table: Tensor, generator: torch.Generator) -> Tensor:
-    """deepfocus' draws, one row after the other: N(mean, standard deviation) per dimension, over all rows."""
+def _deepfocus_draws(count: int, table: Tensor) -> Tensor:
+    """deepfocus' draws, one row after the other: N(mean, standard deviation) per dimension, of all rows."""
+    table = table.detach().float().cpu()
+    generator = torch.Generator().manual_seed(_FOCUS_SEED)
     mean, deviation = table.mean(0), table.std(0)
     rows = [torch.normal(mean, deviation, generator=generator) for _ in range(count)]
-    return torch.stack(rows) if rows else torch.empty(0, table.shape[1])
+    return torch.stack(rows) if rows else table[:0]
 
 
 def _wechsel_draws(context: TransplantContext, table: Tensor) -> Tensor:
