@@ -429,6 +429,24 @@ def test_lora(tmp_path):
     assert losses(tmp_path / "out")[-1] < losses(tmp_path / "out")[0]
 
 
+@pytest.mark.parametrize("settings", [{}, {"lora": True, "lora_rank": 2}, {"activation_checkpointing": True}])
+def test_what_is_tied_stays_tied(settings, tmp_path):
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(DONOR)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "tied")
+    tokenizer.save_pretrained(tmp_path / "tied")
+    train(small_recipe(model=str(tmp_path / "tied"), trained_rows=[20, 21], **settings), tmp_path / "out", rows=TEXTS)
+    found = changed_rows(tmp_path / "out", tmp_path / "tied")
+    assert found["model.embed_tokens.weight"] == [20, 21] and "lm_head.weight" not in found
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.tie_word_embeddings
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
 def test_bfloat16(tmp_path):
     train(small_recipe(dtype="bfloat16", trained_rows=[20], max_steps=2), tmp_path / "out", rows=TEXTS)
     stored = load_file(tmp_path / "out" / "model.safetensors")

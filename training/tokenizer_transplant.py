@@ -479,9 +479,9 @@ def train_transplanted(
             if processes.is_main_process:
                 recipe.save_into(output_dir)
             result = trainer.train(resume_from_checkpoint=last_whole_checkpoint(checkpoints))
-            trained: Any = trainer.accelerator.unwrap_model(network)
-            if recipe.lora:
-                trained = trained.merge_and_unload()
+    trained: Any = trainer.accelerator.unwrap_model(network)
+    if recipe.lora:  # only now that the tables are whole again: PEFT looks whether input table and head are one tensor
+        trained = trained.merge_and_unload()
     if processes.is_main_process:
 
         def write(scratch: Path) -> None:
