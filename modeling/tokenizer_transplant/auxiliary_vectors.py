@@ -150,7 +150,8 @@ class EncoderVectors:
         self._tokenizer = tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
         if self._is_transformers and self._tokenizer is None:
             raise TypeError(f"expected the encoder's tokenizer, found {type(tokenizer).__name__}")
-        self._rows: dict[bytes, int] = {}
+        self._rows: dict[bytes, int] = {}  # of the table, by what the encoder sees
+        self._row_of_string: dict[str, int] = {}  # -1 for strings that have no vector
         self._table = torch.empty(0, 0)
         self._cache_file = None
         if cache_folder is not None:
@@ -159,18 +160,20 @@ class EncoderVectors:
 
     def vectors(self, strings: Sequence[str]) -> tuple[Tensor, Tensor]:
         strings = list(strings)
-        sequences = self._sequences(strings)
+        unseen = [string for string in dict.fromkeys(strings) if string not in self._row_of_string]
+        sequences = self._sequences(unseen)
         keys = [_key(sequence) for sequence in sequences]
         missing: dict[bytes, int] = {}
         for position, key in enumerate(keys):
             if key and key not in self._rows:  # what has nothing to encode has no vector
                 missing.setdefault(key, position)
         if missing:
-            self._encode_missing(list(missing.values()), strings, sequences)
-        has_vector = torch.tensor([key in self._rows for key in keys], dtype=torch.bool)
+            self._encode_missing(list(missing.values()), unseen, sequences)
+        self._row_of_string.update((string, self._rows.get(key, -1)) for string, key in zip(unseen, keys))
+        rows = torch.tensor([self._row_of_string[string] for string in strings], dtype=torch.int64)
         found = torch.zeros(len(strings), self._table.shape[1])
-        found[has_vector] = self._table[torch.tensor([self._rows[key] for key in keys if key in self._rows]).long()]
-        return found, has_vector
+        found[rows >= 0] = self._table[rows[rows >= 0]]
+        return found, rows >= 0
 
     def _sequences(self, strings: list[str]) -> list[list[int]]:
         """What the encoder sees of every string: its token ids, or else its UTF-8 bytes."""
