@@ -349,6 +349,34 @@ def test_generation_stops_at_the_new_end():
     assert model.generate(torch.tensor([[4]]), max_new_tokens=5, do_sample=False).tolist() == [[4, 12]]
 
 
+def test_one_base_token_of_two_roles():
+    """As in GPT-2, whose only special token begins and ends texts; the new tokenizer has one for each."""
+    model = build("gpt2")
+    model.generation_config.forced_eos_token_id = 1
+    matrix = TransplantMatrix.copies(torch.tensor([1, 1, 2, 3]), BASE_ROWS)
+    new, base = (
+        {f"{role}_token_id": ids.get(role) for role in ROLES} for ids in (dict(bos=0, eos=1), dict(bos=1, eos=1))
+    )
+    transplant_tables(model, matrix, TokenIds.of(matrix, SimpleNamespace(**new), SimpleNamespace(**base)))
+    settings = model.generation_config
+    assert (settings.bos_token_id, settings.eos_token_id, settings.forced_eos_token_id) == (0, 1, 1)
+    assert (model.config.bos_token_id, model.config.eos_token_id) == (0, 1)
+
+
+def test_a_failure_leaves_the_model_as_it_was():
+    """Here the matrix has rows of another width for the head, which is met after the input table."""
+    model = build("llama")
+    before = copy.deepcopy(model)
+    indices = torch.full((10, 1), -1)
+    matrix = TransplantMatrix.from_combinations(
+        indices, indices.float(), BASE_ROWS, dense=torch.zeros(10, 16), head_dense=torch.zeros(10, 12)
+    )
+    with pytest.raises(ValueError, match="dense rows have width 12"):
+        transplant_tables(model, matrix, token_ids(matrix))
+    assert all(torch.equal(tensor, before.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert model.config.to_dict() == before.config.to_dict()
+
+
 def test_decoder_start():
     """An encoder-decoder's first token is translated, by role before by row."""
     model = build("bart")
@@ -451,6 +479,9 @@ def test_wrong_sizes_are_refused():
     model = build("llama")
     with pytest.raises(ValueError, match="made for a vocabulary of 42 rows, the model has 41"):
         transplant_tables(model, matrix, token_ids(matrix))
+    cut = TransplantMatrix.copies(torch.arange(7), BASE_ROWS)
+    with pytest.raises(ValueError, match="the new tokenizer's pad token has the id 7, the tables 7 rows"):
+        transplant_tables(model, cut, token_ids(cut))
     model.config.vocab_size = 42
     with pytest.raises(ValueError, match="has 41 rows, but the configuration's vocab_size is 42"):
         transplant_tables(model, matrix, token_ids(matrix))

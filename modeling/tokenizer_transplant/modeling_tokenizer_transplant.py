@@ -166,7 +166,12 @@ class TransplantedPreTrainedModel(PreTrainedModel):
         adapter = dict(own.get("adapter_kwargs") or {})
         if "_adapter_model_path" in adapter:  # an AutoClass was given the folder of a PEFT adapter
             model.load_adapter(adapter.pop("_adapter_model_path"), adapter_kwargs=adapter)
-        nothing = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+        nothing: dict[str, Any] = {
+            "missing_keys": set(),
+            "unexpected_keys": set(),
+            "mismatched_keys": set(),
+            "error_msgs": [],
+        }
         return (model, nothing) if with_info else model
 
     @classmethod

@@ -70,10 +70,11 @@ class TokenIds:
         """From the matrix and the ids that were read from tokenizers before; roles that are not named have no token."""
         return cls({**dict.fromkeys(_ROLES), **roles}, base_roles, _copied_ids(matrix), padding_ids(matrix).tolist())
 
-    def translate(self, base_id: int) -> int | None:
-        """The new id with the role, or else with the row, of a base id; None where there is none."""
-        for role, known in self.base_roles.items():
-            if known == base_id and self.roles.get(role) is not None:
+    def translate(self, base_id: int, as_role: str = "") -> int | None:
+        """The new id with the role, or else with the row, of a base id; None where there is none. Where one base token
+        plays several roles, `as_role` tells which one is meant."""
+        for role in (as_role, *self.base_roles):
+            if self.base_roles.get(role) == base_id and self.roles.get(role) is not None:
                 return self.roles[role]
         return self.copied.get(base_id)
 
@@ -83,7 +84,7 @@ class TokenIds:
         ends = [] if self.roles["eos"] is None else [self.roles["eos"]]
         others = {id_ for role, id_ in self.roles.items() if role != "eos"}
         for base_id in _as_list(base_ids):
-            new_id = self.translate(base_id)
+            new_id = self.translate(base_id, "eos")
             if new_id is not None and new_id not in ends and new_id not in others:
                 ends.append(new_id)
         if len(ends) < 2:
@@ -207,9 +208,11 @@ def transplant_tables(model: Any, matrix: TransplantMatrix, token_ids: TokenIds)
         if id(old) not in made:
             new = new_vocabulary_tensor(old.detach(), tensor, matrix, as_input=id(old) in inputs)
             made[id(old)] = _like(old, new)
-        _assign(plain, name, made[id(old)])
     for name, shift in shifts.items():
-        _assign(plain, name, _like(state[name], shifted_positions(state[name].detach(), shift)))
+        made[id(state[name])] = _like(state[name], shifted_positions(state[name].detach(), shift))
+    # Only now, when nothing can fail any more.
+    for name in (*tensors, *shifts):
+        _assign(plain, name, made[id(state[name])])
     _copy_settings(plain, skeleton(type(plain), plain.config), skeleton(type(plain), config))
     _replace_config(plain, config)
     if generation_config is not None:
@@ -233,6 +236,9 @@ def updated_config(
     found = _vocabulary_size(config)
     if found != matrix.base_rows:
         raise ValueError(f"the matrix was made for a vocabulary of {matrix.base_rows} rows, the model has {found}")
+    for role, new_id in token_ids.roles.items():
+        if new_id is not None and not 0 <= new_id < len(matrix):
+            raise ValueError(f"the new tokenizer's {role} token has the id {new_id}, the tables {len(matrix)} rows")
     new = copy.deepcopy(config)
     _set_sizes(new, len(matrix))
     for part in _parts(new):
@@ -259,14 +265,15 @@ def updated_generation_config(generation_config: Any, token_ids: TokenIds, *, su
     for name in ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id"):
         value = getattr(generation_config, name, None)
         if value is not None:
-            new = [token_ids.translate(id_) for id_ in _as_list(value)]
-            new = [id_ for id_ in new if id_ is not None]
+            role = name.removeprefix("forced_").removesuffix("_token_id")
+            translated = (token_ids.translate(id_, role) for id_ in _as_list(value))
+            new = [id_ for id_ in translated if id_ is not None]
             setattr(settings, name, (new or None) if isinstance(value, list) else (new[0] if new else None))
     if generation_config.decoder_start_token_id is not None and settings.decoder_start_token_id is None:
         settings.decoder_start_token_id = _decoder_start(token_ids)
     for name in ("suppress_tokens", "begin_suppress_tokens"):
-        kept = [token_ids.translate(id_) for id_ in getattr(generation_config, name, None) or []]
-        kept = sorted({id_ for id_ in kept if id_ is not None})
+        translated = (token_ids.translate(id_) for id_ in getattr(generation_config, name, None) or [])
+        kept = sorted({id_ for id_ in translated if id_ is not None})
         if suppress and name == "suppress_tokens":
             kept = sorted({*kept, *token_ids.padding})
         setattr(settings, name, kept or None)
