@@ -656,6 +656,28 @@ def test_ofa_and_its_factorisation(vocabularies, base_tables, matched):
         assert (combined - matrix.select(known).apply(truncated, head=head)).abs().max() < 1e-5
 
 
+def test_the_report_counts_what_an_uncased_encoder_cannot_tell_apart(vocabularies, base_tables, matched):
+    """Trap 2: "The", "the" and " the" have one vector; the token of the lowest id counts."""
+    base, new = vocabularies
+    texts = sorted({text for vocabulary in vocabularies for text in vocabulary.texts if "\ufffd" not in text})
+    spellings = sorted({text.strip().lower() for text in texts})
+    vectors = dict(zip(spellings, unit_rows(len(spellings), 6, 0)))
+    uncased = {text: vectors[text.strip().lower()] for text in texts}
+    context = context_of(vocabularies, base_tables, matched, auxiliary=uncased)
+    matrix = ofa(context, neighbors=1)
+    assert context.notes["targets with equal auxiliary similarities"] == 0  # one neighbour has no equal beside it
+    ofa(context, neighbors=3)
+    keys = [i for i in base.used_ids if base.texts[i] in uncased and i not in base.special_ids]
+    known = [i for i in context.targets.tolist() if new.texts[i] in uncased]
+    near = cosines(
+        torch.stack([uncased[new.texts[i]] for i in known]), torch.stack([uncased[base.texts[i]] for i in keys])
+    )
+    best = -np.sort(-near.astype(np.float32), axis=1)[:, :3]
+    assert context.notes["targets with equal auxiliary similarities"] == (best[:, 1:] == best[:, :-1]).any(1).sum() > 0
+    ids = [keys[column] for column in near.astype(np.float32).argmax(1)]
+    assert matrix.input.base_ids.tolist() == ids
+
+
 @pytest.mark.parametrize("top_k", [None, 5])
 @pytest.mark.parametrize("with_donor", [False, True])
 def test_clp_weights_are_cosines_over_their_sum(top_k, with_donor, vocabularies, base_tables, matched):
