@@ -26,8 +26,10 @@ from rarezoo.cli import (
     quantize,
     quickstart_command,
     search,
+    supertokens,
     train,
     train_language,
+    transplant,
 )
 
 # typer exports only this subclass of the error that a wrong command line raises.
@@ -60,6 +62,8 @@ _ORDER = (
     "list",
     "info",
     "convert",
+    "supertokens",
+    "transplant",
     "train",
     "train-language",
     "encode",
@@ -158,6 +162,8 @@ app.command("info")(info.info)
 app.command("convert")(convert.convert)
 app.command("export")(export.export)
 app.command("quantize")(quantize.quantize)
+app.command("supertokens")(supertokens.supertokens)
+app.command("transplant")(transplant.transplant)
 app.command("train")(train.train)
 app.command("train-language")(train_language.train_language)
 app.command("encode")(encode.encode)

@@ -22,7 +22,8 @@ from rarezoo.cli.search import snippet
 from .commands import call, write_collection, write_jsonl
 
 VERBS = (
-    "quickstart list info convert train train-language encode index search explain eval quantize export card push"
+    "quickstart list info convert supertokens transplant train train-language encode index search explain eval "
+    "quantize export card push"
 ).split()
 SCRIPT = Path(sys.executable).with_name("rarezoo")
 DOCUMENTS = {

@@ -10,6 +10,13 @@ if TYPE_CHECKING:
     from .modeling_tokenizer_transplant import TransplantedForCausalLM as TransplantedForCausalLM
     from .modeling_tokenizer_transplant import TransplantedForMaskedLM as TransplantedForMaskedLM
     from .modeling_tokenizer_transplant import TransplantedModel as TransplantedModel
+    from .supertokens import ChunkLengths as ChunkLengths
+    from .supertokens import compare_tokenizers as compare_tokenizers
+    from .supertokens import draw_comparison as draw_comparison
+    from .supertokens import encode_long_text as encode_long_text
+    from .supertokens import read_supertoken_settings as read_supertoken_settings
+    from .supertokens import train_supertokens as train_supertokens
+    from .supertokens import train_word_tokens as train_word_tokens
     from .token_bytes import Vocabulary as Vocabulary
     from .token_bytes import match_vocabularies as match_vocabularies
     from .transplant_matrix import SourceKind as SourceKind
@@ -25,6 +32,7 @@ if TYPE_CHECKING:
     from .vocabulary_trimming import trim_tokenizer as trim_tokenizer
 
 _LAZY = {
+    "ChunkLengths": ".supertokens",
     "SourceKind": ".transplant_matrix",
     "TransplantContext": ".transplanting",
     "TransplantMatrix": ".transplant_matrix",
@@ -36,11 +44,17 @@ _LAZY = {
     "TransplantedModel": ".modeling_tokenizer_transplant",
     "Vocabulary": ".token_bytes",
     "as_auxiliary_vectors": ".auxiliary_vectors",
+    "compare_tokenizers": ".supertokens",
+    "draw_comparison": ".supertokens",
+    "encode_long_text": ".supertokens",
     "match_vocabularies": ".token_bytes",
     "method_names": ".transplanting",
     "mix": ".transplanting",
     "plan_transplant": ".transplanting",
+    "read_supertoken_settings": ".supertokens",
     "register_method": ".transplanting",
+    "train_supertokens": ".supertokens",
+    "train_word_tokens": ".supertokens",
     "transplant_checkpoint": ".checkpoint_streaming",
     "transplant_tokenizer": ".transplanting",
     "trim_tokenizer": ".vocabulary_trimming",
