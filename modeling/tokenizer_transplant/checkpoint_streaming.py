@@ -34,7 +34,7 @@ from .table_surgery import (
 )
 from .transplant_matrix import TransplantMatrix
 from .transplant_report import REPORT_NAME, TransplantReport
-from .transplanting import _base_tokenizer, _donor_tables, _finish_tokenizer, _new_tokenizer, plan_transplant
+from .transplanting import base_tokenizer_of, donor_tables_of, finish_tokenizer, new_tokenizer_of, plan_transplant
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _OTHER_WEIGHTS = (
@@ -178,8 +178,8 @@ def transplant_checkpoint(
     """
     _check_target(Path(out))
     checkpoint = StoredCheckpoint.open(_local(folder), trust_remote_code=trust_remote_code)
-    base_tokenizer = _base_tokenizer(base_tokenizer, checkpoint.folder)
-    tokenizer = _new_tokenizer(new_tokenizer, base_tokenizer)
+    base_tokenizer = base_tokenizer_of(base_tokenizer, checkpoint.folder)
+    tokenizer = new_tokenizer_of(new_tokenizer, base_tokenizer)
     input_table, head_table, _ = checkpoint.tables()
     matrix, report = plan_transplant(
         base_tokenizer,
@@ -187,11 +187,11 @@ def transplant_checkpoint(
         input_table,
         head_table,
         method,
-        donor_tables=_donor_tables(donor, tokenizer),
+        donor_tables=donor_tables_of(donor, tokenizer),
         compatibility=compatibility,
         **options,
     )
-    _finish_tokenizer(tokenizer, base_tokenizer, compatibility)
+    finish_tokenizer(tokenizer, base_tokenizer, compatibility)
     rewrite_checkpoint(checkpoint, out, matrix, TokenIds.of(matrix, tokenizer, base_tokenizer), tokenizer, report)
     return report
 
@@ -203,6 +203,7 @@ def rewrite_checkpoint(
     token_ids: TokenIds,
     tokenizer: Any,
     report: TransplantReport | None = None,
+    provenance: dict[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint with a new vocabulary: the tensors, configuration and settings that `transplant_tables` would
     give the loaded model.
@@ -211,6 +212,7 @@ def rewrite_checkpoint(
         out: the folder to make; it must not exist, or be empty.
         tokenizer: stored with it.
         report: stored as `transplant_report.json`, its provenance in the configuration.
+        provenance: stored in the configuration where there is no report.
     """
     out = Path(out)
     _check_target(out)
@@ -222,8 +224,10 @@ def rewrite_checkpoint(
         _copy_other_files(checkpoint.folder, new)
         _write_weights(checkpoint, new, matrix, shifts)
         if report is not None:
-            config.tokenizer_transplant = report.provenance
             report.save(new / REPORT_NAME)
+            provenance = report.provenance
+        if provenance is not None:
+            config.tokenizer_transplant = provenance
         config.save_pretrained(new)
         _write_generation_config(checkpoint, new, token_ids)
         tokenizer.save_pretrained(new)

@@ -25,7 +25,7 @@ from .sparse_coding import (
     sparse_basis,
     under_trained_rows,
 )
-from .token_bytes import Vocabulary, _normalized_forms
+from .token_bytes import Vocabulary, normalized_forms
 from .transplant_matrix import CombinationRows, SourceKind, TransplantMatrix, concatenate_rows
 from .transplanting import TransplantContext
 
@@ -310,9 +310,9 @@ def _by_bytes(context: TransplantContext, allowed: Tensor) -> tuple[list[int], l
 
 
 def _by_normalized_form(context: TransplantContext, allowed: Tensor) -> tuple[list[int], list[int]]:
-    base_forms = _normalized_forms(context.base, by_class=True)
+    base_forms = normalized_forms(context.base, by_class=True)
     ids = {form: i for i, form in enumerate(base_forms[: context.base_rows]) if form is not None and allowed[i]}
-    new_forms = _normalized_forms(context.new, by_class=True)
+    new_forms = normalized_forms(context.new, by_class=True)
     same, prefixes = [], []
     for form in (new_forms[new_id] for new_id in context.targets.tolist()):
         same.append(ids.get(_byte_counterpart(form), -1))

@@ -153,7 +153,7 @@ class TransplantedPreTrainedModel(PreTrainedModel):
         if attention is not None:  # taken out of the options by AutoConfig
             kwargs.setdefault("attn_implementation", attention)
         matrix = TransplantMatrix.load(cached_file(pretrained_model_name_or_path, MATRIX_NAME, **located, **reached))
-        base = _beside(config.base_model_name_or_path, pretrained_model_name_or_path)
+        base = base_of(config.base_model_name_or_path, pretrained_model_name_or_path)
         found = base_fingerprint(base, revision=config.base_revision, **reached)
         if found != config.base_fingerprint:
             raise ValueError(
@@ -350,7 +350,7 @@ def _bytes_of(tensor: Tensor) -> Any:
     return tensor.contiguous().flatten().view(torch.uint8).numpy()
 
 
-def _beside(base: str, checkpoint: str | Path) -> str:
+def base_of(base: str, checkpoint: str | Path) -> str:
     """A base's folder that was stored as a relative path is looked for here first, then beside the checkpoint."""
     if not base:
         raise ValueError(f"{checkpoint} names no base (base_model_name_or_path is empty)")

@@ -355,7 +355,7 @@ def _by_rule(base: Vocabulary, new: Vocabulary, rule: str, compatibility: str | 
         return _by_form(list(base.tokens), list(new.tokens))
     if rule == "normalized":
         by_class = compatibility == "mergekit"
-        return _by_form(_normalized_forms(base, by_class), _normalized_forms(new, by_class))
+        return _by_form(normalized_forms(base, by_class), normalized_forms(new, by_class))
     if rule == "special":
         return {i: j for i, j in _by_form(list(base.tokens), list(new.tokens)).items() if i in new.special_ids}
     highest = compatibility == "focus"
@@ -423,7 +423,7 @@ def _id_of(vocabulary: Vocabulary, token: str, which: str) -> int:
     return token_id
 
 
-def _normalized_forms(vocabulary: Vocabulary, by_class: bool) -> list[Any]:
+def normalized_forms(vocabulary: Vocabulary, by_class: bool) -> list[Any]:
     """mergekit's forms: ("special", role) for named special tokens, ("word start", rest) for tokens with the mark."""
     mark = (
         mergekit_mark(vocabulary) if by_class else {"byte_level": "Ġ", "metaspace": _METASPACE}.get(vocabulary.scheme)

@@ -503,8 +503,8 @@ def transplant_tokenizer(
         TypeError: tokenizers without a fast backend.
     """
     model = _load_model(model_or_path, dtype) if isinstance(model_or_path, (str, os.PathLike)) else model_or_path
-    base_tokenizer = _base_tokenizer(base_tokenizer, model_or_path)
-    tokenizer = _new_tokenizer(new_tokenizer, base_tokenizer)
+    base_tokenizer = base_tokenizer_of(base_tokenizer, model_or_path)
+    tokenizer = new_tokenizer_of(new_tokenizer, base_tokenizer)
     input_table, head_table, _ = base_tables(model)
     matrix, report = plan_transplant(
         base_tokenizer,
@@ -512,7 +512,7 @@ def transplant_tokenizer(
         input_table,
         head_table,
         method,
-        donor_tables=_donor_tables(donor, tokenizer),
+        donor_tables=donor_tables_of(donor, tokenizer),
         auxiliary=auxiliary,
         match=match,
         compatibility=compatibility,
@@ -523,7 +523,7 @@ def transplant_tokenizer(
         seed=seed,
         **options,
     )
-    _finish_tokenizer(tokenizer, base_tokenizer, compatibility)
+    finish_tokenizer(tokenizer, base_tokenizer, compatibility)
     model = transplant_tables(model, matrix, TokenIds.of(matrix, tokenizer, base_tokenizer))
     model.config.tokenizer_transplant = report.provenance
     return TransplantResult(model, tokenizer, report, matrix)
@@ -546,7 +546,7 @@ def _load_model(path: str | os.PathLike, dtype: torch.dtype | str | None) -> Any
     return transformers.AutoModel.from_pretrained(path, dtype=dtype or "auto")
 
 
-def _base_tokenizer(tokenizer: Any, model_or_path: Any) -> Any:
+def base_tokenizer_of(tokenizer: Any, model_or_path: Any) -> Any:
     if tokenizer is not None and not isinstance(tokenizer, (str, os.PathLike)):
         return tokenizer
     source = tokenizer or model_or_path
@@ -557,7 +557,7 @@ def _base_tokenizer(tokenizer: Any, model_or_path: Any) -> Any:
     return transformers.AutoTokenizer.from_pretrained(source)
 
 
-def _new_tokenizer(new_tokenizer: Any, base_tokenizer: Any) -> Any:
+def new_tokenizer_of(new_tokenizer: Any, base_tokenizer: Any) -> Any:
     """A tokenizer of our own, which may be changed."""
     if isinstance(new_tokenizer, (str, os.PathLike)):
         return transformers.AutoTokenizer.from_pretrained(new_tokenizer)
@@ -568,7 +568,7 @@ def _new_tokenizer(new_tokenizer: Any, base_tokenizer: Any) -> Any:
     return copy.deepcopy(new_tokenizer)
 
 
-def _donor_tables(donor: Any, tokenizer: Any) -> tuple[Tensor, Tensor | None] | None:
+def donor_tables_of(donor: Any, tokenizer: Any) -> tuple[Tensor, Tensor | None] | None:
     if donor is None or isinstance(donor, tuple):
         return donor
     if isinstance(donor, (str, os.PathLike)):
@@ -583,7 +583,7 @@ def _donor_tables(donor: Any, tokenizer: Any) -> tuple[Tensor, Tensor | None] | 
     return input_table.detach(), None if head_table is None else head_table.detach()
 
 
-def _finish_tokenizer(tokenizer: Any, base_tokenizer: Any, compatibility: str | None) -> None:
+def finish_tokenizer(tokenizer: Any, base_tokenizer: Any, compatibility: str | None) -> None:
     if compatibility != "tokenadapt":
         tokenizer.chat_template = fitting_chat_template(tokenizer, base_tokenizer)
         return
