@@ -8,7 +8,7 @@ the weights differ where all of a target's anchors are the same.
 Command: `mergekit-tokensurgeon BASE DONOR OUT -k 64` against `transplant_tokenizer(…, "omp", k=64)` and
 `save_pretrained`, both in a process of their own with imports, loading and saving. Base and donor are untied Llama
 models with random tables and byte-level tokenizers of 8,000 and 9,000 tokens, trained on sources of Python's standard
-library. The largest difference of the new tables is reported.
+library. Rows of the new tables that differ go back to near ties, which rarezoo decides in float64.
 
 mergekit wants an environment of its own; without it, rarezoo is timed alone:
 
@@ -148,9 +148,9 @@ def command_figures(width: int, folder: Path) -> dict:
         tables = [load_file(folder / name / "model.safetensors") for name in commands]
         names = ("model.embed_tokens.weight", "lm_head.weight")
         figures["mergekit / rarezoo"] = round(figures["mergekit"] / figures["rarezoo"], 2)
-        figures["largest difference of the tables"] = max(
-            (tables[0][name] - tables[1][name]).abs().max().item() for name in names
-        )
+        differences = torch.cat([(tables[0][name] - tables[1][name]).abs().amax(1) for name in names])
+        figures["rows that differ by more than 1e-5"] = int((differences > 1e-5).sum())
+        figures["largest difference of the others"] = differences[differences <= 1e-5].max().item()
     return figures
 
 

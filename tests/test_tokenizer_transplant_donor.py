@@ -78,6 +78,16 @@ def test_both_forms_take_the_same_anchors_whatever_the_tiles(monkeypatch):
         torch.testing.assert_close(gram.weights, direct.weights, atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("algorithm", ["gram", "direct"])
+def test_near_ties_are_decided_as_in_float64(algorithm):
+    anchors = random(200, 64)
+    twins = anchors * (1 + 1e-7 * random(200, 64, seed=1))  # float32 sums cannot tell them apart
+    anchors, targets = torch.stack([anchors, twins], 1).flatten(0, 1), random(60, 64, seed=2)
+    found = orthogonal_matching_pursuit(targets, anchors, 4, algorithm=algorithm).indices
+    expected = [reference_pursuit(target, anchors, 4)[0] for target in targets]
+    assert found.tolist() == expected
+
+
 def test_targets_that_the_gram_form_cannot_trust_are_repeated():
     anchors, targets = random(80, 48), random(40, 48, seed=1)
     targets[::3] = random(14, 3, seed=2) @ anchors[:3]  # three steps reach them: no signal is left for the others

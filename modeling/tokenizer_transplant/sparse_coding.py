@@ -31,6 +31,10 @@ _TOLERANCE = 1e-6
 # repeated in the direct form, which computes with the vectors themselves.
 _TRUSTED_ENERGY = 1e-3
 _TRUSTED_REMAINDER = 1e-2
+# Correlations closer than this part of |target| |longest anchor| are compared again in float64: eight units of
+# float32's last place, several times the errors seen.
+_DECIDED_PART = 2.0**-21
+_EQUAL_PART = 1e-12  # what float64 cannot tell apart counts as equal: the lowest index wins
 # Corrections of least-squares weights (relative): two sweeps leave about the square of it as error.
 _CONVERGED = 1e-4
 _SPARE_CANDIDATES = 16  # neighbours ranked again by exact distances, beyond those asked for
@@ -64,11 +68,11 @@ def orthogonal_matching_pursuit(
 ) -> SparseCombinations:
     """Every target as a combination of at most `sparsity` anchors, chosen greedily.
 
-    In each step a target takes the anchor with the largest `|<residual, anchor>|` (anchors are not normalised; the
-    lowest index of equal ones), then the residual is made orthogonal to all anchors taken. The weights are the least
-    squares of the target on its anchors. Supports are those of `mergekit.tokensurgeon.batch_omp` (spec 4.3), except
-    that a target stops where its residual, or what the best anchor adds to those taken, is no more than rounding:
-    duplicated and zero anchors get no weight.
+    In each step a target takes the anchor with the largest `|<residual, anchor>|` (anchors are not normalised; near
+    ties are decided in float64, equal ones by the lowest index), then the residual is made orthogonal to all anchors
+    taken. The weights are the least squares of the target on its anchors. Supports are those of
+    `mergekit.tokensurgeon.batch_omp` (spec 4.3), except that a target stops where its residual, or what the best anchor
+    adds to those taken, is no more than rounding: duplicated and zero anchors get no weight.
 
     targets: `(targets, width)`; anchors: `(anchors, width)`; floating point, computed in float32.
     algorithm: "gram" updates correlations with the anchors' Gram matrix (Batch-OMP), which takes `4 * anchors**2`
@@ -110,8 +114,8 @@ def _supports_of_block(targets: Tensor, anchors: Tensor, gram: Tensor | None, sp
         return _direct_pursuit(targets, anchors, sparsity)
     tile_bytes = _TILE_BYTES.get(targets.device.type, _TILE_BYTES["cuda"])
     tile = max(1, tile_bytes // (4 * sparsity * len(anchors)))
-    tiles = zip((targets @ anchors.T).split(tile), targets.double().square().sum(1).split(tile))
-    parts, trusted = zip(*(_gram_pursuit(correlations, energies, gram, sparsity) for correlations, energies in tiles))
+    tiles = zip(targets.split(tile), (targets @ anchors.T).split(tile))
+    parts, trusted = zip(*(_gram_pursuit(part, correlations, anchors, gram, sparsity) for part, correlations in tiles))
     supports = _Supports(*(torch.cat(field) for field in zip(*parts)))
     again = (~torch.cat(trusted)).nonzero().squeeze(1)
     if len(again):
@@ -121,7 +125,9 @@ def _supports_of_block(targets: Tensor, anchors: Tensor, gram: Tensor | None, sp
     return supports
 
 
-def _gram_pursuit(correlations: Tensor, energies: Tensor, gram: Tensor, sparsity: int) -> tuple[_Supports, Tensor]:
+def _gram_pursuit(
+    targets: Tensor, correlations: Tensor, anchors: Tensor, gram: Tensor, sparsity: int
+) -> tuple[_Supports, Tensor]:
     """The pursuit in terms of inner products only (Batch-OMP), for a tile of targets.
 
     The taken anchors are orthogonalised implicitly: `projected[i]` holds the inner products of all anchors with what
@@ -129,17 +135,18 @@ def _gram_pursuit(correlations: Tensor, energies: Tensor, gram: Tensor, sparsity
     subtraction. Which targets ended early or lost digits on the way is found out afterwards.
 
     correlations: `(tile, anchors)` float32, inner products of targets and anchors; overwritten.
-    energies: `(tile,)` float64, squared norms of the targets; gram: `(anchors, anchors)` float32.
+    gram: `(anchors, anchors)` float32, inner products of the anchors.
     Returns the supports and whether each can be trusted, `(tile,)` bool: if not, all of its values are meaningless.
     """
-    tile, anchors = correlations.shape
+    tile, sizes = len(targets), gram.diagonal()
     indices = torch.zeros(tile, sparsity, dtype=torch.int64, device=correlations.device)
-    projected = correlations.new_empty(sparsity, tile, anchors)
+    projected = correlations.new_empty(sparsity, tile, len(anchors))
     shares, taken = correlations.new_zeros(sparsity, tile, sparsity), correlations.new_empty(sparsity, tile, 1)
     remainders = correlations.new_empty(tile, sparsity)
-    magnitudes = torch.empty_like(correlations)
+    magnitudes, close = torch.empty_like(correlations), _close(targets, sizes)
     for step in range(sparsity):
-        chosen = _first_largest(torch.abs(correlations, out=magnitudes)).unsqueeze(1)
+        torch.abs(correlations, out=magnitudes)
+        chosen = _chosen(magnitudes, close, targets, anchors, indices[:, :step])
         indices[:, step : step + 1] = chosen
         torch.gather(correlations, 1, chosen, out=taken[step])
         torch.index_select(gram, 0, chosen.squeeze(1), out=projected[step])
@@ -154,7 +161,8 @@ def _gram_pursuit(correlations: Tensor, energies: Tensor, gram: Tensor, sparsity
         correlations.addcmul_(taken[step] / remainders[:, step : step + 1], projected[step], value=-1)
         # Taken anchors are orthogonal to the residual: what rounding left there must not be chosen.
         correlations.scatter_(1, indices[:, : step + 1], 0.0)
-    return _checked_supports(indices, taken.squeeze(2).T, remainders, shares.transpose(0, 1), energies, gram.diagonal())
+    energies = targets.double().square().sum(1, keepdim=True)
+    return _checked_supports(indices, taken.squeeze(2).T, remainders, shares.transpose(0, 1), energies, sizes)
 
 
 def _checked_supports(
@@ -163,12 +171,13 @@ def _checked_supports(
     """What the steps of a Gram pursuit amount to.
 
     indices, taken, remainders: `(tile, sparsity)`, the anchor of every step, its correlation with the residual and the
-    squared norm of what it adds; shares: `(tile, sparsity, sparsity)`, how much of the earlier additions is in it.
+    squared norm of what it adds; shares: `(tile, sparsity, sparsity)`, how much of the earlier additions is in it;
+    energies: `(tile, 1)` float64, squared norms of the targets; sizes: `(anchors,)`, those of the anchors.
     """
     remainders = remainders.double()
-    left = energies.unsqueeze(1) - (taken.double().square() / remainders).cumsum(1)
-    left_before = torch.cat([energies.unsqueeze(1), left[:, :-1]], 1)
-    sound = (taken != 0) & (left_before > _TRUSTED_ENERGY * energies.unsqueeze(1))
+    left = energies - (taken.double().square() / remainders).cumsum(1)
+    left_before = torch.cat([energies, left[:, :-1]], 1)
+    sound = (taken != 0) & (left_before > _TRUSTED_ENERGY * energies)
     sound &= remainders > _TRUSTED_REMAINDER * sizes[indices]
     factors = (shares.double() + torch.eye(shares.shape[1], device=shares.device)) * remainders.sqrt().unsqueeze(1)
     return _Supports(indices, factors), sound.all(1)  # NaN is not sound
@@ -179,19 +188,19 @@ def _direct_pursuit(targets: Tensor, anchors: Tensor, sparsity: int) -> _Support
     count, width = targets.shape
     indices, factors = _no_supports(count, sparsity, targets.device)
     directions = targets.new_zeros(count, min(sparsity, width), width)
-    residuals, rows = targets.clone(), torch.arange(count, device=targets.device)
+    residuals = targets.clone()
     norms = torch.linalg.vector_norm(targets, dim=1)
     active = norms > 0
-    magnitudes = targets.new_empty(count, len(anchors))
+    magnitudes, close = targets.new_empty(count, len(anchors)), _close(targets, anchors.square().sum(1))
     for step in range(min(sparsity, width)):
         torch.matmul(residuals, anchors.T, out=magnitudes).abs_()
         if step:
             magnitudes.scatter_(1, indices[:, :step].clamp(min=0), 0.0)
-        chosen = _first_largest(magnitudes)
+        chosen = _chosen(magnitudes, close, targets, anchors, indices[:, :step]).squeeze(1)
         atoms = anchors[chosen]
         remainders, shares = _orthogonal_remainders(atoms, directions[:, :step])
         lengths = torch.linalg.vector_norm(remainders, dim=1)
-        active &= magnitudes[rows, chosen] > 0
+        active &= (residuals * atoms).sum(1) != 0
         active &= torch.linalg.vector_norm(residuals, dim=1) > _TOLERANCE * norms
         active &= lengths > _TOLERANCE * torch.linalg.vector_norm(atoms, dim=1)
         if not active.any():
@@ -221,6 +230,40 @@ def _no_supports(count: int, sparsity: int, device: torch.device) -> tuple[Tenso
     indices = torch.full((count, sparsity), -1, dtype=torch.int64, device=device)
     factors = torch.eye(sparsity, dtype=torch.float64, device=device).repeat(count, 1, 1)
     return indices, factors
+
+
+def _close(targets: Tensor, sizes: Tensor) -> Tensor:
+    """Differences of correlations that float32 does not decide, `(targets, 1)`; sizes: squared norms of the anchors."""
+    return _DECIDED_PART * torch.linalg.vector_norm(targets, dim=1, keepdim=True) * sizes.max().sqrt()
+
+
+def _chosen(magnitudes: Tensor, close: Tensor, targets: Tensor, anchors: Tensor, taken: Tensor) -> Tensor:
+    """The anchor that every target takes next, `(targets, 1)` int64.
+
+    magnitudes: `(targets, anchors)`, of the correlations with the residuals; overwritten.
+    close: `(targets, 1)`, differences from the largest that decide nothing.
+    taken: `(targets, steps)` int64, the anchors taken so far, -1 for none.
+    """
+    chosen = _first_largest(magnitudes).unsqueeze(1)
+    largest = magnitudes.gather(1, chosen)
+    magnitudes.scatter_(1, chosen, 0.0)
+    second = magnitudes.gather(1, _first_largest(magnitudes).unsqueeze(1))
+    undecided = (largest - second <= close) & (largest > close)
+    for row in undecided[:, 0].nonzero()[:, 0].tolist():
+        magnitudes[row, chosen[row]] = largest[row]
+        candidates = (magnitudes[row] >= largest[row] - close[row]).nonzero()[:, 0]
+        chosen[row] = _decided(candidates, targets[row], anchors, taken[row])
+    return chosen
+
+
+def _decided(candidates: Tensor, target: Tensor, anchors: Tensor, taken: Tensor) -> Tensor:
+    """The candidate with the largest correlation in float64, the lowest of equal ones; a 0-dimensional tensor."""
+    points, residual = anchors[taken[taken >= 0]].double(), target.double()
+    if len(points):
+        basis = torch.linalg.qr(points.T).Q
+        residual = residual - basis @ (basis.T @ residual)
+    exact = (anchors[candidates].double() * residual).sum(1).abs()
+    return candidates[exact >= (1 - _EQUAL_PART) * exact.max()][0]
 
 
 def _first_largest(values: Tensor) -> Tensor:
