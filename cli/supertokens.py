@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -63,19 +64,23 @@ def supertokens(
     )
     from rarezoo.training import read_texts
 
+    # The trainer's bar goes to standard output, where the answer is.
+    show_progress = sys.stdout.isatty() and not json
     with _noted_warnings():
         arguments = read_supertoken_settings(settings) if settings else {}
         if vocab_size is not None:
             arguments["vocab_size"] = vocab_size
         learned, unseen = _divided(read_texts(texts), None if held_out is None else read_texts(held_out), compare)
-        tokenizer = train_supertokens(learned, **arguments, max_chunks=max_chunks, seed=seed, show_progress=True)
+        tokenizer = train_supertokens(
+            learned, **arguments, max_chunks=max_chunks, seed=seed, show_progress=show_progress
+        )
     figures: dict[str, dict[str, Any]] = {}
     if compare:
         shared = ("vocab_size", "min_frequency", "special_tokens", "model_max_length")
         common = {name: value for name, value in arguments.items() if name in shared}
         common["vocab_size"] = len(tokenizer)
         with _noted_warnings():
-            words = train_word_tokens(learned, **common, show_progress=True)
+            words = train_word_tokens(learned, **common, show_progress=show_progress)
         figures = compare_tokenizers({_OURS: tokenizer, _WORDS: words}, unseen)
     with staged_folder(output) as folder:
         tokenizer.save_pretrained(folder)

@@ -195,6 +195,8 @@ def transplant(
     _check_paths(base, tokenizer, output, donor, mapping)
     donor = donor or (tokenizer if method in _DONOR_METHODS or magikarp else None)
     _check_needs(method, donor, tokenizer, auxiliary)
+    if method == "mp_rope":
+        options = {**_rotary_options(base, str(donor)), **options}
     vectors = open_auxiliary(auxiliary, auxiliary_cache, compatibility, trust_remote_code) if auxiliary else None
     settings: dict[str, Any] = {
         "method": method,
@@ -283,6 +285,20 @@ def _check_needs(method: str, donor: str | None, tokenizer: str, auxiliary: str 
         raise ValueError(
             f"--method {method} needs a model that uses the new tokenizer, and {tokenizer} holds none: give --donor"
         )
+
+
+def _rotary_options(base: str, donor: str) -> dict[str, Any]:
+    """What mp_rope must know of both models' attention."""
+    from transformers import AutoConfig
+
+    options: dict[str, Any] = {}
+    for side, model in (("base", base), ("donor", donor)):
+        config = AutoConfig.from_pretrained(model).get_text_config()
+        if not getattr(config, "rope_parameters", None):
+            raise ValueError(f"--method mp_rope turns rows by rotary positions, which {model} does not have")
+        options[f"{side}_heads"] = config.num_attention_heads
+        options[f"{side}_rope_theta"] = config.rope_parameters["rope_theta"]
+    return options
 
 
 # --- the result -------------------------------------------------------------------------------------------------------
