@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from rarezoo.auto import Family
+from rarezoo.auto import FAMILIES, Family
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -52,12 +52,44 @@ def load_config(model: str) -> tuple[Family, Any]:
     check_source(model)
     from rarezoo.quantization import checkpoint_loading
 
+    stored = read_config(model)
+    if is_plain_transplant(stored):
+        raise ValueError(
+            f"{model} is a plain {stored['architectures'][0]} with a transplanted tokenizer: whatever takes models of "
+            "transformers takes it; this verb takes models of the zoo"
+        )
     return checkpoint_loading.load_config(model)
+
+
+def read_config(model: str) -> dict[str, Any]:
+    """The configuration of a checkpoint of any kind, as it is stored.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged.
+    """
+    check_source(model)
+    from transformers.utils import cached_file
+
+    from rarezoo.quantization import checkpoint_loading
+
+    return checkpoint_loading.read_object(Path(str(cached_file(model, "config.json"))))
+
+
+def is_plain_transplant(stored: dict[str, Any]) -> bool:
+    """Whether a stored configuration is that of a model of transformers' own with a transplanted tokenizer."""
+    ours = {family.model_type for family in FAMILIES.values()}
+    return "tokenizer_transplant" in stored and stored.get("model_type") not in ours and bool(stored.get("architectures"))
+
+
+def _check_gives_vectors(model: str, family: Family) -> None:
+    if family.representation == "text":
+        raise ValueError(f"{model} is of the family {family.name}, whose models give text; this takes one of vectors")
 
 
 def load_processor(model: str) -> Any:
     """The processor stored in a checkpoint."""
-    load_config(model)
+    _check_gives_vectors(model, load_config(model)[0])
     from rarezoo.quantization import checkpoint_loading
 
     return checkpoint_loading.load_processor(model)
@@ -75,7 +107,8 @@ def load_retriever(
         language: of a family with language adapters, the code of the one to load; None loads all.
     """
     _check_dtype(dtype)
-    _, config = load_config(model)
+    family, config = load_config(model)
+    _check_gives_vectors(model, family)
     import torch
 
     from rarezoo.quantization import checkpoint_loading

@@ -70,20 +70,29 @@ def _describe_preset(family_name: str, name: str) -> dict[str, Any]:
         "parameters": _count_parameters(load_preset(family_name, name)),
         "source": preset["source"],
         "config": preset["config"],
-        "processor": preset["processor"],
+        "processor": preset.get("processor"),
     }
 
 
 def _describe_checkpoint(model: str) -> dict[str, Any]:
-    from rarezoo.cli.checkpoints import load_config
+    from transformers import AutoConfig
 
-    family, config = load_config(model)
+    from rarezoo.cli.checkpoints import is_plain_transplant, load_config, read_config
+
+    stored = read_config(model)
+    config: Any
+    if is_plain_transplant(stored):
+        family, config = FAMILIES["tokenizer_transplant"], AutoConfig.from_pretrained(model)
+    else:
+        family, config = load_config(model)
     folder = Path(model).expanduser()
     answer = {
         "checkpoint": model,
         **_describe_family(family),
+        "architecture": stored["architectures"][0] if is_plain_transplant(stored) else None,
         "parameters": _count_parameters(config),
         "config": _own_fields(config),
+        "transplant": stored.get("tokenizer_transplant"),
         "processor": _read(model, "processor_config.json"),
         "training_recipe": _read(model, "training_recipe.json"),
         "quantization": _quantization(config, _read(model, "quantization_report.json")),
@@ -109,6 +118,7 @@ def _count_parameters(config: Any) -> int:
 def _own_fields(config: Any) -> dict[str, Any]:
     """The configuration as stored, without what other lines of the answer say."""
     left_out = ("auto_map", "quantization_config", "architectures", "transformers_version", "_name_or_path")
+    left_out += ("tokenizer_transplant",)
     return {name: value for name, value in config.to_dict().items() if name not in left_out}
 
 
@@ -148,13 +158,15 @@ def _lines(answer: dict[str, Any]) -> list[tuple[str, str]]:
     lines: list[tuple[str, str]] = [(name, answer[name]) for name in ("checkpoint", "preset") if name in answer]
     lines.append(("family", f"{answer['family']} ({answer['title']}, {answer['representation']})"))
     lines += [("presets" if position == 0 else "", name) for position, name in enumerate(answer.get("presets", []))]
+    if "architecture" in answer:
+        lines.append(("architecture", f"{answer['architecture']}, a plain model"))
     if "parameters" in answer:
         lines.append(("parameters", f"{answer['parameters']:,}"))
     if "source" in answer:
         lines.append(("source", answer["source"]))
     if "quantization" in answer:
         lines.append(("quantization", answer["quantization"]["scheme"]))
-    sections = {name: answer.get(name) or {} for name in ("config", "processor", "training_recipe")}
+    sections = {name: answer.get(name) or {} for name in ("config", "transplant", "processor", "training_recipe")}
     if "checkpoint" in answer:
         sections["config"] = _without_defaults(sections["config"])
     sections["training_recipe"] = _without_nulls(sections["training_recipe"])
@@ -172,7 +184,11 @@ def _without_defaults(config: dict[str, Any]) -> dict[str, Any]:
     from transformers import PreTrainedConfig
 
     defaults = PreTrainedConfig().to_dict()
-    return {name: value for name, value in config.items() if name not in defaults or value != defaults[name]}
+    return {
+        name: _without_defaults(value) if name == "text_config" and isinstance(value, dict) else value
+        for name, value in config.items()
+        if name not in defaults or value != defaults[name]
+    }
 
 
 def _without_nulls(values: dict[str, Any]) -> dict[str, Any]:

@@ -43,7 +43,12 @@ def quantize(
     from rarezoo.quantization.fidelity import render_markdown
     from rarezoo.retrieval import read_corpus, read_qrels, read_queries
 
-    load_config(str(source))
+    family, _ = load_config(str(source))
+    if family.name == "tokenizer_transplant":
+        raise ValueError(
+            f"{source} holds no weights of its own: load it with quantization_config=…, or write the plain model, by "
+            f"`rarezoo convert tokenizer_transplant {source} PLAIN --to official`"
+        )
     evaluation_set = None
     if evaluation is not None:
         evaluation_set = EvaluationSet(

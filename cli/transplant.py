@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from rarezoo.cli.auxiliary import open_auxiliary
-from rarezoo.cli.checkpoints import check_found, check_new_folder, check_source
+from rarezoo.cli.checkpoints import check_found, check_new_folder, check_source, read_config
 from rarezoo.cli.convert import read_assignments
 from rarezoo.cli.options import JsonOption
 from rarezoo.cli.output import print_json
@@ -195,6 +195,7 @@ def transplant(
     _check_paths(base, tokenizer, output, donor, mapping)
     donor = donor or (tokenizer if method in _DONOR_METHODS or magikarp else None)
     _check_needs(method, donor, tokenizer, auxiliary)
+    _check_holds_weights(base)
     if method == "mp_rope":
         options = {**_rotary_options(base, str(donor)), **options}
     vectors = open_auxiliary(auxiliary, auxiliary_cache, compatibility, trust_remote_code) if auxiliary else None
@@ -276,6 +277,14 @@ def _check_paths(base: str, tokenizer: str, output: Path, donor: str | None, map
     if mapping is not None and not mapping.is_file():
         raise FileNotFoundError(f"no mapping at {mapping}")
     check_new_folder(output)
+
+
+def _check_holds_weights(base: str) -> None:
+    if read_config(base).get("model_type") == "transplanted":
+        raise ValueError(
+            f"{base} stores the matrix of a transplantation: write the plain model first, by `rarezoo convert "
+            f"tokenizer_transplant {base} PLAIN --to official`"
+        )
 
 
 def _check_needs(method: str, donor: str | None, tokenizer: str, auxiliary: str | None) -> None:
