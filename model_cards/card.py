@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 # Metadata that a card states itself; all other fields of an existing README.md are its author's and stay.
 OWN_FIELDS = ("library_name", "pipeline_tag", "model_name", "eval_results", "model-index")
+WEIGHT_FILES = ("model*.safetensors", "transplant_matrix.safetensors")
 # The last line of every card that was written here: a text that differs from it, or lacks it, is its author's.
 DIGEST_LINE = "<!-- rarezoo card {digest}: `rarezoo card` writes this text anew as long as nobody edits it -->"
 # (task type, name) of the Hub's model index, by what a family produces.
@@ -37,8 +38,9 @@ TASKS = {
 TAGS = {
     "sparse": ("sparse-encoder", "sparse", "splade", "retrieval"),
     "multi-vector": ("multi-vector", "late-interaction", "ColBERT", "retrieval"),
-    "text": ("language-model", "in-context-learning"),
+    "text": ("language-model",),
 }
+FAMILY_TAGS = {"lexinvariant": ("in-context-learning",), "tokenizer_transplant": ("tokenizer-transplantation",)}
 PIPELINES = {"sparse": "feature-extraction", "multi-vector": "sentence-similarity", "text": "text-generation"}
 
 
@@ -53,7 +55,8 @@ def build_card(
     """The card of a checkpoint folder, as huggingface_hub's `ModelCard`.
 
     Args:
-        folder: checkpoint of one of the families. `evaluation.json`, when present, is one object or a list of
+        folder: checkpoint of one of the families, or a plain model whose `config.json` tells of a transplanted
+            tokenizer. `evaluation.json`, when present, is one object or a list of
             objects {"dataset": str, "split": str, "metrics": {name: number}}, with "language", "precision" of the
             index and "dtype" of the model where they shaped the figures.
         repo_id: what the usage examples load; the folder's name when None.
@@ -71,7 +74,8 @@ def build_card(
     folder = Path(folder)
     family, config = _read_config(folder)
     evaluations = read_evaluations(folder)
-    authored = {**_authored_metadata(folder), **_given(license=license, base_model=base_model, language=language)}
+    given = _given(license=license, base_model=base_model, language=language)
+    authored = {**named_base(config), **_authored_metadata(folder), **given}
     name = repo_id or folder.resolve().name
     data = _metadata(name, family, config, evaluations, authored, quantized="quantization_config" in config)
     template = (resources.files("rarezoo.model_cards") / f"{family.name}.md").read_text(encoding="utf-8")
@@ -84,11 +88,14 @@ def build_card(
         repo_id=name,
         family=family,
         config=config,
+        is_plain=is_plain(family, config),
+        auto_class=_auto_class(family, config),
+        transplantation=_transplantation(config),
         processor=processor,
         reads_prompt=any("%%prompt%%" in (processor.get(f"{kind}_template") or "") for kind in ("query", "document")),
         libraries=_libraries(family, config),
         architecture=_architecture(family, config),
-        size=_size(folder, family),
+        size=_size(folder, family, config),
         recipe={_cell(name): _code(value) for name, value in _flatten(_effective(recipe)).items()},
         evaluations=[
             {**_cells({**entry, "dataset": _measured(entry)}), "metrics": _cells(entry["metrics"])}
@@ -176,13 +183,28 @@ def _read_config(folder: Path) -> tuple[Family, dict[str, Any]]:
     config = read_json(folder / "config.json", dict)
     if config is None:
         raise FileNotFoundError(f"{folder} is not a checkpoint folder: it has no config.json")
-    family = FAMILIES.get(config.get("model_type", ""))
+    known = {family.model_type: family for family in FAMILIES.values()}
+    family = known.get(config.get("model_type", ""))
+    if family is None and isinstance(config.get("tokenizer_transplant"), dict):
+        family = FAMILIES["tokenizer_transplant"]
     if family is None:
         raise ValueError(
             f"{folder} holds a model of type {config.get('model_type')!r}; known families: {', '.join(FAMILIES)}. "
             "An official checkpoint must be converted first, by `rarezoo convert`"
         )
     return family, config
+
+
+def is_plain(family: Family, config: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint is a model of transformers' own that only tells what was done to it: it needs no code."""
+    return config.get("model_type") != family.model_type
+
+
+def named_base(config: Mapping[str, Any]) -> dict[str, str]:
+    """`base_model` of a checkpoint that names its base on the Hub; nothing where there is none, or it is a folder."""
+    base = config.get("base_model_name_or_path")
+    on_hub = isinstance(base, str) and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", base) and not Path(base).is_dir()
+    return {"base_model": base} if isinstance(base, str) and on_hub else {}
 
 
 def read_evaluations(folder: Path) -> list[dict[str, Any]]:
@@ -242,12 +264,14 @@ def _metadata(
         relation["base_model_relation"] = "quantized"
     known = {**_languages(config), **authored}
     tags = known.get("tags", [])
-    own_tags = ("custom_code", "rarezoo", family.name, *TAGS[family.representation])
+    own_tags = ("rarezoo", family.name, *TAGS[family.representation], *FAMILY_TAGS.get(family.name, ()))
+    if not is_plain(family, config):
+        own_tags = ("custom_code", *own_tags)
     return ModelCardData(
         library_name="transformers",
-        pipeline_tag=PIPELINES[family.representation],
+        pipeline_tag=PIPELINES[family.representation] if not _is_masked(family, config) else "fill-mask",
         model_name=name.split("/")[-1],
-        eval_results=_evaluation_results(family, evaluations) or None,
+        eval_results=_evaluation_results(family, config, evaluations) or None,
         **{**known, **relation, "tags": [*own_tags, *([tags] if isinstance(tags, str) else tags)]},
     )
 
@@ -261,10 +285,14 @@ def _languages(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"language": codes if len(codes) > 1 else codes[0]} if codes else {}
 
 
-def _evaluation_results(family: Family, evaluations: list[dict[str, Any]]) -> list[EvalResult]:
+def _evaluation_results(
+    family: Family, config: Mapping[str, Any], evaluations: list[dict[str, Any]]
+) -> list[EvalResult]:
     from huggingface_hub import EvalResult
 
     task_type, task_name = TASKS[family.representation]
+    if _is_masked(family, config):
+        task_type, task_name = "fill-mask", "Fill Mask"
     return [
         EvalResult(
             task_type=task_type,
@@ -307,18 +335,77 @@ def _architecture(family: Family, config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _size(folder: Path, family: Family) -> dict[str, Any]:
+def _model_class(family: Family, config: Mapping[str, Any]) -> Any:
+    """The class whose parameters are the checkpoint's: the family's, or of a transplanted model the one that it names;
+    None where transformers does not have it."""
+    names = config.get("architectures")
+    if family.name != "tokenizer_transplant" or not names:
+        return family.model_class()
+    if not is_plain(family, config):
+        return getattr(family.module("modeling"), names[0])
+    import transformers
+
+    return getattr(transformers, names[0], None)
+
+
+def _is_masked(family: Family, config: Mapping[str, Any]) -> bool:
+    """Whether a transplanted model is a masked language model."""
+    return family.name == "tokenizer_transplant" and (config.get("architectures") or [""])[0].endswith("ForMaskedLM")
+
+
+def _auto_class(family: Family, config: Mapping[str, Any]) -> str:
+    """Name of the AutoClass that opens a transplanted model with its head; of other families it stands in the
+    template."""
+    from transformers.models.auto import modeling_auto
+
+    name = (config.get("architectures") or [""])[0]
+    own = [auto_class for auto_class, ours in family.auto_classes.items() if ours == name]
+    for auto_class, table in (
+        ("AutoModelForCausalLM", modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+        ("AutoModelForMaskedLM", modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+        ("AutoModelForSeq2SeqLM", modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+        ("AutoModelForImageTextToText", modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
+    ):
+        if name in table.values():
+            own.append(auto_class)
+    return own[0] if own else "AutoModel"
+
+
+def _transplantation(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the configuration tells of a transplanted tokenizer, as cells of a table; None where it tells nothing."""
+    told = config.get("tokenizer_transplant")
+    if not isinstance(told, Mapping):
+        return None
+    base = named_base(config).get("base_model") or Path(str(config.get("base_model_name_or_path") or "")).name
+    names = ("method", "options", "fallback", "compatibility", "match", "special_map", "auxiliary", "rescale", "seed")
+    settings = {name: told.get(name) for name in names if told.get(name) not in ({}, "none")}
+    return {
+        "base": _cell(base),
+        "rows": told.get("rows"),
+        "tokens": told.get("tokens"),
+        "base_rows": told.get("base_rows"),
+        "counts": told.get("counts") or {},
+        "settings": {_cell(name): _code(value) for name, value in _flatten(settings).items()},
+    }
+
+
+def _size(folder: Path, family: Family, config_fields: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters of the architecture (counted on the meta device), bytes and tensor types of the weight files."""
     import torch
     from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
 
+    model_class = _model_class(family, config_fields)
+    plain = is_plain(family, config_fields)
     try:
-        config = family.config_class().from_pretrained(folder)
+        config = (AutoConfig if plain else family.config_class()).from_pretrained(folder)
     except (StrictDataclassError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
-    with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in family.model_class()(config).parameters())
-    files = sorted(folder.glob("model*.safetensors"))
+    parameters = None
+    if model_class is not None:
+        with torch.device("meta"):
+            parameters = sum(parameter.numel() for parameter in model_class(config).parameters())
+    files = sorted(file for name in WEIGHT_FILES for file in folder.glob(name))
     stored: Counter[str] = Counter()
     for file in files:
         stored.update(_stored_elements(file))

@@ -10,7 +10,16 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rarezoo.model_cards.card import _given, _read_config, is_authored, read_json, write_card
+from rarezoo.model_cards.card import (
+    WEIGHT_FILES,
+    _given,
+    _read_config,
+    is_authored,
+    is_plain,
+    named_base,
+    read_json,
+    write_card,
+)
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -24,8 +33,9 @@ CHECKPOINT_FILES = (
     "NOTICE*",
     "config.json",
     "generation_config.json",
-    "model*.safetensors",
+    *WEIGHT_FILES,
     "model.safetensors.index.json",
+    "transplant_report.json",
     "configuration_*.py",
     "modeling_*.py",
     "processing_*.py",
@@ -90,9 +100,12 @@ def _module_files(folder: Path) -> list[str]:
 
 
 def check_complete(folder: Path) -> None:
-    """Raise `FileNotFoundError` naming everything that a reader of the folder would miss."""
+    """Raise `FileNotFoundError` naming everything that a reader of the folder would miss, and `ValueError` where the
+    configuration cannot be read elsewhere."""
     family, config = _read_config(folder)
-    wanted = [*_weight_files(folder), *_code_files(folder)]
+    refers_to_base = family.name == "tokenizer_transplant" and not is_plain(family, config)
+    weights = ["transplant_matrix.safetensors"] if refers_to_base else _weight_files(folder)
+    wanted = [*weights, *_code_files(folder)]
     if family.processor:
         wanted += ["processor_config.json", "tokenizer_config.json"]
     missing = sorted({name for name in wanted if not (folder / name).is_file()})
@@ -100,6 +113,13 @@ def check_complete(folder: Path) -> None:
         raise FileNotFoundError(
             f"{folder} is not a whole checkpoint: {', '.join(missing)} missing; save the model and its processor with "
             "save_pretrained first"
+        )
+    if is_plain(family, config):
+        return
+    if refers_to_base and not named_base(config):
+        raise ValueError(
+            f"{folder / 'config.json'} names the folder {config.get('base_model_name_or_path')!r} as its base, which "
+            "readers do not have: publish the base, and write its name on the Hub as base_model_name_or_path"
         )
     if "AutoModel" not in config.get("auto_map", {}):
         raise ValueError(f"{folder / 'config.json'} has no auto_map: readers without rarezoo could not load the model")

@@ -6,18 +6,20 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
 from safetensors import safe_open
-from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor
+from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
 from rarezoo.auto import FAMILIES
 from rarezoo.configs import load_preset
 from rarezoo.model_cards import build_card, checkpoint_files, push, write_card
 from rarezoo.model_cards.card import is_authored
+from rarezoo.model_cards.publish import check_complete
 
 from .commands import call, refused
 from .loopback_hub import USER, LoopbackHub, metadata_errors
@@ -287,6 +289,89 @@ def test_the_code_on_a_language_model_s_card_runs(tmp_path, run_without_rarezoo)
     assert "| parameters | 99,024 |" in str(card) and "tiny, 2 layers" in str(card)
     (block,) = re.findall(r"```python\n(.*?)```", str(card), flags=re.DOTALL)
     assert run_without_rarezoo(block).startswith("['A->2\\nB->3\\nC->5\\nB->")
+
+
+TRANSPLANT_BASE, TRANSPLANT_DONOR = (
+    Path(__file__).parent / "fixtures" / "tokenizer_transplant" / name for name in ("base_model", "donor_model")
+)
+
+
+@pytest.fixture(scope="module")
+def transplanted(tmp_path_factory):
+    """The same transplantation in two folders: as a plain model, and by its matrix. And its result."""
+    from rarezoo import TransplantedForCausalLM
+    from rarezoo.tokenizer_transplant import transplant_tokenizer
+
+    folder = tmp_path_factory.mktemp("transplanted")
+    result = transplant_tokenizer(TRANSPLANT_BASE, TRANSPLANT_DONOR, "retok", pad_to_multiple_of=64)
+    result.save_pretrained(folder / "plain")
+    tokenizers = result.tokenizer, AutoTokenizer.from_pretrained(TRANSPLANT_BASE)
+    stored = TransplantedForCausalLM.from_base(
+        TRANSPLANT_BASE, result.matrix, *tokenizers, provenance=result.report.provenance
+    )
+    stored.save_pretrained(folder / "stored")
+    result.tokenizer.save_pretrained(folder / "stored")
+    return folder, result
+
+
+@pytest.mark.parametrize("kind", ["plain", "stored"])
+def test_transplanted_models(kind, transplanted, run_without_rarezoo):
+    """The numbers are the report's and the model's; a plain one needs no code, and the card does not speak of any."""
+    folder, result = transplanted
+    card = build_card(folder / kind, str(folder / kind))
+    text, data = str(card), header(card)
+    sources = [row["source"] for row in result.report.rows()]
+    told = next(line for line in text.splitlines() if line.startswith("| where rows come from |"))
+    for source in set(sources):
+        assert f"{sources.count(source)} {source}" in told
+    assert f"| parameters | {sum(p.numel() for p in result.model.parameters()):,} |" in text
+    assert f"| tokens | {len(result.tokenizer)}, in tables of 576 rows; the base's have 576 |" in text
+    weights = "model.safetensors" if kind == "plain" else "transplant_matrix.safetensors"
+    assert f"| {(folder / kind / weights).stat().st_size / 1e3:.0f} kB (" in text
+    assert "| method | `retok` |" in text and "| fallback |" in text and "special_map" not in text
+    assert (data["pipeline_tag"], data["library_name"]) == ("text-generation", "transformers")
+    assert "tokenizer-transplantation" in data["tags"] and metadata_errors(text) == []
+    assert "base_model" not in data, "it is a folder"
+    assert ("custom_code" in data["tags"]) == ("trust_remote_code" in text) == (kind == "stored")
+    assert ("| base | base_model |" in text) == (kind == "stored")
+    for unfilled in ("{{", "{%", "None", "Undefined", str(TRANSPLANT_BASE.parent)):
+        assert unfilled not in re.sub(r"```.*?```", "", text, flags=re.DOTALL), unfilled
+    (block,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    inputs = result.tokenizer("The capital of France is", return_tensors="pt")
+    expected = result.tokenizer.decode(result.model.eval().generate(**inputs, max_new_tokens=8)[0])
+    assert run_without_rarezoo(block).strip() == expected.strip()
+
+
+def test_a_transplanted_masked_language_model(tmp_path):
+    from transformers import BertConfig, BertForMaskedLM
+
+    config = BertConfig(vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config.tokenizer_transplant = {"method": "0.5 omp + 0.5 mean", "options": [["omp", {"k": 2}, 0.5]], "seed": 1}
+    BertForMaskedLM(config).save_pretrained(tmp_path)
+    (tmp_path / "evaluation.json").write_text(json.dumps(EVALUATION))
+    card = build_card(tmp_path)
+    assert header(card)["pipeline_tag"] == "fill-mask" and "AutoModelForMaskedLM" in str(card)
+    assert header(card)["model-index"][0]["results"][0]["task"]["type"] == "fill-mask"
+    assert '| options | `[["omp", {"k": 2}, 0.5]]` |' in str(card)
+
+
+def test_what_readers_of_a_transplanted_model_need(transplanted, tmp_path):
+    """A plain folder is whole without code; one that refers to its base has to name it as the Hub does."""
+    folder, _ = transplanted
+    check_complete(folder / "plain")
+    assert {"model.safetensors", "transplant_report.json"} <= set(checkpoint_files(folder / "plain"))
+    stored = shutil.copytree(folder / "stored", tmp_path / "stored")
+    with pytest.raises(ValueError, match=r"names the folder '.*base_model' as its base, which readers do not have"):
+        check_complete(stored)
+    config = json.loads((stored / "config.json").read_text())
+    (stored / "config.json").write_text(json.dumps({**config, "base_model_name_or_path": f"{USER}/base"}))
+    check_complete(stored)
+    assert header(build_card(stored))["base_model"] == f"{USER}/base"
+    assert "transplant_matrix.safetensors" in checkpoint_files(stored)
+    assert "modeling_tokenizer_transplant.py" in checkpoint_files(stored)
+    (stored / "transplant_matrix.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"not a whole checkpoint: transplant_matrix\.safetensors missing"):
+        check_complete(stored)
 
 
 @pytest.mark.parametrize(
