@@ -78,8 +78,8 @@ def read_config(model: str) -> dict[str, Any]:
 
 def is_plain_transplant(stored: dict[str, Any]) -> bool:
     """Whether a stored configuration is that of a model of transformers' own with a transplanted tokenizer."""
-    ours = {family.model_type for family in FAMILIES.values()}
-    return "tokenizer_transplant" in stored and stored.get("model_type") not in ours and bool(stored.get("architectures"))
+    ours = [family.model_type for family in FAMILIES.values()]
+    return bool(stored.get("tokenizer_transplant") and stored.get("architectures")) and stored["model_type"] not in ours
 
 
 def _check_gives_vectors(model: str, family: Family) -> None:

@@ -378,8 +378,8 @@ for name, folder in (("base", {str(BASE)!r}), ("donor", {str(DONOR)!r})):
     api.create_repo("{USER}/" + name)
     api.upload_folder(repo_id="{USER}/" + name, folder_path=folder)
 before = [(model.id, model.sha) for model in api.list_models(author="{USER}")]
-for out, flags in (("plain", ["-a", "retok"]), ("omp", ["-a", "omp", "-k", 4]), ("stored", ["-a", "retok", "--stored"])):
-    call("transplant", "{USER}/base", "{USER}/donor", {str(tmp_path)!r} + "/" + out, *flags)
+for out, flags in (("plain", "-a retok"), ("omp", "-a omp -k 4"), ("stored", "-a retok --stored")):
+    call("transplant", "{USER}/base", "{USER}/donor", {str(tmp_path)!r} + "/" + out, *flags.split())
 assert len(before) == 2 and before == [(model.id, model.sha) for model in api.list_models(author="{USER}")]
 """
     with LoopbackHub() as hub:
@@ -397,3 +397,151 @@ assert len(before) == 2 and before == [(model.id, model.sha) for model in api.li
     assert torch.equal(*(weights(tmp_path / name)[TABLES["output"]] for name in ("omp", "local")))
     config = json.loads((tmp_path / "stored" / "config.json").read_text())
     assert config["base_model_name_or_path"] == f"{USER}/base" and len(config["base_revision"]) == 40
+
+
+# --- the other verbs --------------------------------------------------------------------------------------------------
+
+
+def test_info_of_both_forms(plain, stored):
+    found = {name: json.loads(call("info", folder, "--json").stdout) for name, folder in (("p", plain), ("s", stored))}
+    assert found["p"]["architecture"] == "LlamaForCausalLM" and "architecture" not in found["s"]
+    assert found["p"]["parameters"] == found["s"]["parameters"]
+    for told in found.values():
+        assert told["family"] == "tokenizer_transplant" and told["transplant"]["method"] == "retok"
+        assert told["transplant"]["counts"] == {"copied": 440, "special": 2, "combined": 94}
+        assert "tokenizer_transplant" not in told["config"]
+    shown = call("info", stored).stdout
+    assert "base_fingerprint" in shown and "id2label" not in shown and 'method = "retok"' in shown
+    assert "LlamaForCausalLM, a plain model" in call("info", plain).stdout
+    assert "tokenizer_transplant/tiny" in call("info", "tokenizer-transplant/tiny").stdout
+
+
+def test_verbs_that_need_other_models_say_so(plain, stored, tmp_path):
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("the sun\n")
+    verbs = {
+        "quantize": (tmp_path / "out", "--scheme", "bf16"),
+        "encode": (corpus, tmp_path / "out"),
+        "explain": ("the sun",),
+        "export": (tmp_path / "out", "--to", "onnx"),
+    }
+    before = sorted(tmp_path.iterdir())
+    for verb, arguments in verbs.items():
+        assert "is a plain LlamaForCausalLM with a transplanted tokenizer" in refused(verb, plain, *arguments)
+        line = refused(verb, stored, *arguments)
+        if verb == "quantize":
+            assert f"`rarezoo convert tokenizer_transplant {stored} PLAIN --to official`" in line
+        else:
+            assert "is of the family tokenizer_transplant, whose models give text; this takes one of vectors" in line
+    again = refused("transplant", stored, DONOR, tmp_path / "out", "-a", "retok")
+    assert "stores the matrix of a transplantation: write the plain model first" in again
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_convert_writes_either_form(plain, stored, tmp_path):
+    call("convert", "tokenizer_transplant", stored, tmp_path / "plain", "--to", "official")
+    assert all(torch.equal(tensor, weights(tmp_path / "plain")[name]) for name, tensor in weights(plain).items())
+    call("convert", "tokenizer-transplant", plain, tmp_path / "stored", "--base", BASE)
+    name = "transplant_matrix.safetensors"
+    matrices = [load_file(folder / name) for folder in (stored, tmp_path / "stored")]
+    assert all(torch.equal(tensor, matrices[1][key]) for key, tensor in matrices[0].items())
+
+
+@pytest.mark.parametrize("form", ["plain", "stored"])
+def test_after_care_from_the_command_line(form, plain, stored, tmp_path):
+    (tmp_path / "texts.txt").write_text("The quick brown fox jumps over the lazy dog. A star is a sun far away.\n" * 8)
+    recipe = {
+        "family": "tokenizer_transplant", "model": str({"plain": plain, "stored": stored}[form]),
+        "training_data": str(tmp_path / "texts.txt"), "trained_rows": "new", "sequence_length": 32, "batch_size": 2,
+        "max_steps": 50, "warmup_steps": 1, "learning_rate": 0.01,
+    }  # fmt: skip
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    told = json.loads(
+        call("train", tmp_path / "recipe.json", tmp_path / "out", "--set", "max_steps=3", "--json").stdout
+    )
+    assert told["steps"] == 3
+    rows = json.loads((plain / "transplant_report.json").read_text())["tokens"]
+    copied = [row["id"] for row in rows if row["source"] in ("copied", "special")]
+    before, after = weights(plain), weights(tmp_path / "out")
+    for name, tensor in before.items():
+        kept = copied if name in TABLES.values() else slice(None)
+        assert torch.equal(after[name][kept], tensor[kept]), name
+        assert torch.equal(after[name], tensor) == (name not in TABLES.values()), name
+
+
+# --- supertokens ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    words = "the sun and the moon of the sea in the end of the day a star is a sun far away".split()
+    lines = [" ".join(words[(start * step) % len(words)] for step in range(1, 40)) for start in range(1, 120)]
+    file = tmp_path_factory.mktemp("texts") / "texts.txt"
+    file.write_text("\n".join(lines))
+    return file
+
+
+def test_supertokens_reach_over_words(texts, tmp_path):
+    arguments = ("supertokens", texts, tmp_path / "out", "--vocab-size", 400, "--picture", tmp_path / "picture.png")
+    told = json.loads(call(*arguments, "--json").stdout)
+    ours, words = told["comparison"]["supertokens"], told["comparison"]["BPE cut at words"]
+    assert told["tokens"] == ours["vocabulary_size"] == 400 and told["texts"] == 108 and ours["texts"] == 11
+    assert ours["lossless"] == words["lossless"] == 1 and ours["multi_word_share"] > 0 == words["multi_word_share"]
+    assert ours["tokens"] < words["tokens"]
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "picture.png"]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    unseen = texts.read_text().split("\n")[9::10]
+    assert sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in unseen) == ours["tokens"]
+    assert ours["bytes"] == sum(len(text.encode()) for text in unseen)
+
+
+def test_supertokens_for_people_are_seeded_and_fit_a_model(texts, tmp_path):
+    shown = call("supertokens", texts, tmp_path / "one", "--vocab-size", 300, "--held-out", texts, "--seed", 1).stdout
+    first, second, header, ours, words = shown.splitlines()
+    assert first == f"{tmp_path / 'one'}: 300 tokens, learned from 119 texts"
+    assert second.startswith("compared on 119 other texts") and "bytes per token" in header
+    assert ours.startswith("supertokens ") and words.startswith("BPE cut at words ")
+    for name, seed in (("two", 1), ("three", 2)):
+        call("supertokens", texts, tmp_path / name, "--vocab-size", 300, "--seed", seed, "--held-out", texts)
+    files = {name: (tmp_path / name / "tokenizer.json").read_bytes() for name in ("one", "two", "three")}
+    assert files["one"] == files["two"] != files["three"]
+    assert "300 tokens in 300 rows" in call("transplant", BASE, tmp_path / "one", tmp_path / "new", "-a", "fvt").stdout
+
+
+def test_supertokens_by_a_published_settings_file(texts, tmp_path):
+    settings = tmp_path / "train.yaml"
+    settings.write_text(
+        "vocab_size: 330\nspecial_tokens: ['<|endoftext|>']\ntest_distribution: {'2-5': 0.9, '6-9': 0.2}\n"
+    )
+    arguments = ("supertokens", texts, tmp_path / "out", "--settings", settings)
+    result = call(*arguments, "--no-compare")
+    assert result.stdout == f"{tmp_path / 'out'}: 330 tokens, learned from 119 texts\n"
+    assert (
+        result.stderr
+        == "note: the probabilities of the chunk lengths sum up to 1.1 instead of 1; they are scaled to it\n"
+    )
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").all_special_tokens == ["<|endoftext|>"]
+    shown = call("supertokens", texts, tmp_path / "less", "--settings", settings, "--vocab-size", 280, "--no-compare")
+    assert "280 tokens" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["none.txt", "out"], "no file of texts at none.txt"),
+        (["{texts}", "out", "--settings", "none.yaml"], "no file of settings at none.yaml"),
+        (["{texts}", "out", "--vocab-size", "20"], "vocab_size must be at least 260"),
+        (["{texts}", "out", "--picture", "picture.doc"], "expected a name that ends in one of"),
+        (["{texts}", "out", "--picture", "none/picture.png"], "there is no folder"),
+        (["{texts}", "out", "--picture", "picture.png", "--no-compare"], "there is nothing to draw"),
+        (["few.txt", "out"], "2 texts are too few to set some apart"),
+        (["{texts}", "."], "already exists and is not an empty folder"),
+        (["few.txt", "out", "--settings", "few.txt"], "must hold the settings of a supertokenizer"),
+    ],
+)
+def test_supertokens_mistakes(arguments, part, texts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "few.txt").write_text("one\ntwo\n")
+    assert part in refused("supertokens", *(argument.format(texts=texts) for argument in arguments))
+    assert [path.name for path in tmp_path.iterdir()] == ["few.txt"]
