@@ -20,7 +20,7 @@ from rarezoo.tokenizer_transplant import nearest_tokens as module
 from rarezoo.tokenizer_transplant.auxiliary_vectors import EncoderVectors, WordVectors, as_auxiliary_vectors
 from rarezoo.tokenizer_transplant.methods_auxiliary import clp, focus, ofa, wechsel
 from rarezoo.tokenizer_transplant.nearest_tokens import nearest_tokens, sparsemax_of_sorted, sparsemax_tokens
-from rarezoo.tokenizer_transplant.token_bytes import Vocabulary
+from rarezoo.tokenizer_transplant.token_bytes import Vocabulary, match_vocabularies
 from rarezoo.tokenizer_transplant.transplant_matrix import SourceKind
 from rarezoo.tokenizer_transplant.transplanting import TransplantContext, plan_transplant
 
@@ -536,7 +536,11 @@ def deepfocus_matches(base, new, fuzzy) -> list[int]:
 
 @pytest.mark.parametrize("fuzzy", [False, True])
 def test_focus_is_deepfocus(fuzzy, vocabularies, base_tables, official):
-    context = context_of(vocabularies, base_tables, deepfocus_matches(*vocabularies, fuzzy), compatibility="focus")
+    expected_matches = deepfocus_matches(*vocabularies, fuzzy)
+    rule = "canonical_fuzzy" if fuzzy else "canonical"
+    matches = match_vocabularies(*vocabularies, len(base_tables[False]), rule=rule, compatibility="focus")
+    assert matches.base_ids.tolist() == expected_matches
+    context = context_of(vocabularies, base_tables, expected_matches, compatibility="focus")
     matrix = focus(context)
     assert matrix.counts() == {"combined": len(matrix) - 2 + 2 * fuzzy, "random": 2 - 2 * fuzzy} or fuzzy
     names = {"input": False} if fuzzy else {"input": False, "output": True}

@@ -362,12 +362,10 @@ def _by_rule(base: Vocabulary, new: Vocabulary, rule: str, compatibility: str | 
     base_forms, new_forms = _canonical_forms(base), _canonical_forms(new)
     matches = _by_form(base_forms, new_forms, highest_id=highest)
     if rule == "canonical_fuzzy":
-        fuzzy = _by_form(
-            [None if form is None else form.lstrip(_METASPACE).lower() for form in base_forms],
-            [None if form is None else form.lstrip(_METASPACE).lower() for form in new_forms],
-            highest_id=highest,
-        )
-        matches = fuzzy | matches
+        base_loose, new_loose = _loose_forms(base_forms), _loose_forms(new_forms)
+        # Of base tokens that are alike so, one that is of that form strictly goes before the others.
+        strict = _by_form(base_forms, new_loose, highest_id=highest)
+        matches = _by_form(base_loose, new_loose) | strict | matches
     return matches
 
 
@@ -451,7 +449,7 @@ def mergekit_mark(vocabulary: Vocabulary) -> str:
 
 
 def _canonical_forms(vocabulary: Vocabulary) -> list[str | None]:
-    """deepfocus' forms: `▁` and the text without leading spaces for tokens that start a word, else the text."""
+    """deepfocus' forms: `▁` for tokens that start a word, and the text without leading space."""
     named = [token for token in vocabulary.tokens if token is not None]
     if sum(token.startswith(_METASPACE) for token in named) > 100:
         return [None if token is None else _canonical_sentencepiece(token) for token in vocabulary.tokens]
@@ -460,10 +458,15 @@ def _canonical_forms(vocabulary: Vocabulary) -> list[str | None]:
             None if token is None else token[2:] if token.startswith("##") else _METASPACE + token
             for token in vocabulary.tokens
         ]
-    return [
-        None if text is None else _METASPACE + text.lstrip(" ") if text.startswith(" ") else text
-        for text in vocabulary.texts
-    ]
+    forms: list[str | None] = [None] * vocabulary.size
+    for token_id, text in zip(vocabulary.used_ids, vocabulary.decoded_alone(vocabulary.used_ids)):
+        mark = _METASPACE if (vocabulary.tokens[token_id] or "").startswith("Ġ") else ""
+        forms[token_id] = mark + text.lstrip()
+    return forms
+
+
+def _loose_forms(forms: Sequence[str | None]) -> list[str | None]:
+    return [None if form is None else form.replace(_METASPACE, "").lower() for form in forms]
 
 
 def _canonical_sentencepiece(token: str) -> str:

@@ -22,6 +22,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from .auxiliary_vectors import as_auxiliary_vectors
 from .table_surgery import TokenIds, base_tables, fitting_chat_template, transplant_tables
 from .token_bytes import Matches, Vocabulary, match_vocabularies
 from .transplant_matrix import SourceKind, TransplantMatrix, blend, concatenate
@@ -275,7 +276,8 @@ def plan_transplant(
         targets=torch.empty(0, dtype=torch.int64),
         donor_input=donor_input,
         donor_head=donor_head,
-        auxiliary=auxiliary,
+        # Once for all methods: an encoder encodes no string twice.
+        auxiliary=None if auxiliary is None else as_auxiliary_vectors(auxiliary),
         compatibility=compatibility,
         seed=seed,
     )
