@@ -797,3 +797,22 @@ def test_in_the_whole_transplantation(method, vocabularies, base_tables):
     matrix, _ = plan_transplant(base.tokenizer, base.tokenizer, *base_tables, method, auxiliary=ById()._table)
     assert torch.equal(matrix.apply(base_tables[0]), base_tables[0][: base.size]) == (method != "wechsel")
     assert "targets without auxiliary vector" in report.to_dict()["notes"]
+
+
+def test_an_encoder_is_left_as_it_was_and_gives_its_own_vectors(tmp_path):
+    """Its linear layers are computed by another library for a while; its vectors are its own."""
+    torch.manual_seed(0)
+    encoder = BertModel(BertConfig(60, 32, 2, 2, 64, max_position_embeddings=40)).train()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({chr(97 + i): i for i in range(26)}, unk_token="a"))
+    )
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    strings = ["a b c", "x", "h e l l o"]
+    found, _ = as_auxiliary_vectors((encoder, tokenizer)).vectors(strings)
+    assert encoder.training and not any("forward" in vars(layer) for layer in encoder.modules())
+    encoder.double().eval()
+    with torch.no_grad():
+        for string, vector in zip(strings, found):
+            ids = torch.tensor([tokenizer(string)["input_ids"]])
+            expected = encoder(input_ids=ids).last_hidden_state.mean(1)[0]
+            torch.testing.assert_close(vector.double(), expected, rtol=1e-5, atol=1e-6)

@@ -15,6 +15,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -200,7 +201,7 @@ class EncoderVectors:
         order: list[int] = []
         encoded: list[Tensor] = []
         bar = tqdm(total=len(positions), desc="auxiliary vectors", unit="string", leave=None, disable=None)
-        with bar, _evaluation_mode(self._encoder):
+        with bar, _evaluation_mode(self._encoder), _linear_layers_by_onednn(self._encoder):
             for batch in _batches_of_one_length(positions, sequences):
                 encoded.append(self._encode(batch, strings, sequences))
                 order += batch
@@ -334,6 +335,31 @@ def _evaluation_mode(encoder: nn.Module) -> Iterator[None]:
     finally:
         for module in in_training:
             module.training = True
+
+
+@contextmanager
+def _linear_layers_by_onednn(encoder: nn.Module) -> Iterator[None]:
+    """float32 layers on a CPU are computed by the function of oneDNN that Inductor's code calls: the library behind
+    `linear` takes twice as long on some processors, and there is no public choice between them."""
+    layers = []
+    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        for layer in encoder.modules():
+            if type(layer) is nn.Linear and layer.weight.dtype is torch.float32 and layer.weight.device.type == "cpu":
+                if "forward" not in vars(layer):  # nobody else has replaced it
+                    layers.append(layer)
+    for layer in layers:
+        layer.forward = partial(_onednn_linear, layer)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _onednn_linear(layer: nn.Linear, rows: Tensor) -> Tensor:
+    if rows.dtype is not torch.float32:  # under autocast
+        return nn.functional.linear(rows, layer.weight, layer.bias)
+    return torch.ops.mkldnn._linear_pointwise.default(rows, layer.weight, layer.bias, "none", [], "")
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
