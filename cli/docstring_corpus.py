@@ -1,6 +1,7 @@
-"""A retrieval data set that every machine has: documentation strings of Python's library and of installed packages.
+"""Text that every machine has: documentation strings of Python's library and of installed packages.
 
-The first sentence of a documentation string is the query, the beginning of the rest the document that answers it.
+As a retrieval data set: the first sentence of a documentation string is the query, the beginning of the rest the
+document that answers it. As text for language models: whole documentation strings of Python's library.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 # A full stop before white space, unless it belongs to an abbreviation; or an empty line.
 _SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\bvs\.)(?<!\betc\.)\s+|\n\s*\n")
 _DOCUMENT_CHARACTERS = 400
+_TEXT_CHARACTERS = 100
 _SKIPPED_FOLDERS = {
     "test",
     "tests",
@@ -66,6 +68,25 @@ def read_docstring_pairs(limit: int, seed: int = 0) -> list[DocstringPair]:
     return unique[:limit]
 
 
+def read_docstrings(files: int | None = None) -> tuple[list[str], list[str]]:
+    """Documentation strings of Python's library of 100 characters or more, each once, to learn from and held out: those
+    of every tenth file.
+
+    Args:
+        files: how many files to read; None takes all.
+    """
+    paths = sorted(_python_files(Path(sysconfig.get_path("stdlib"))))[:files]
+    is_held_out: dict[str, bool] = {}
+    for number, path in enumerate(paths):
+        for node in _documented(path):
+            text = ast.get_docstring(node) or ""
+            if len(text) >= _TEXT_CHARACTERS:
+                is_held_out.setdefault(text, number % 10 == 9)
+    return [text for text, held in is_held_out.items() if not held], [
+        text for text, held in is_held_out.items() if held
+    ]
+
+
 def _python_files(folder: Path) -> Iterator[Path]:
     for path in folder.rglob("*.py"):
         if not _SKIPPED_FOLDERS.intersection(path.relative_to(folder).parts[:-1]):
@@ -73,19 +94,25 @@ def _python_files(folder: Path) -> Iterator[Path]:
 
 
 def _pairs_of_file(path: Path, folder: Path) -> Iterator[DocstringPair]:
+    module = ".".join(path.relative_to(folder).with_suffix("").parts)
+    for node in _documented(path):
+        text = ast.get_docstring(node)
+        pair = _split(f"{module}.{node.name}" if not isinstance(node, ast.Module) else module, text or "")
+        if pair is not None:
+            yield pair
+
+
+def _documented(path: Path) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+    """What may have a documentation string in a file; nothing where it cannot be read."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # other people's invalid escape sequences
             tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, ValueError, OSError, RecursionError):
         return
-    module = ".".join(path.relative_to(folder).with_suffix("").parts)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            text = ast.get_docstring(node)
-            pair = _split(f"{module}.{node.name}" if not isinstance(node, ast.Module) else module, text or "")
-            if pair is not None:
-                yield pair
+            yield node
 
 
 def _split(name: str, text: str) -> DocstringPair | None:
