@@ -480,7 +480,10 @@ def error_line(*arguments) -> str:
         ("info mistral_spalde/tiny", "no preset or checkpoint mistral_spalde/tiny; did you mean mistral_splade/tiny?"),
         ("info splade/tiny", "did you mean mistral_splade/tiny?"),
         ("info colbert-mx/colbertxm", "did you mean colbert_xm/colbert-xm?"),
-        ("info tiny", "did you mean mistral_splade/tiny or colbert_xm/tiny or lexinvariant/tiny?"),
+        (
+            "info tiny",
+            "did you mean mistral_splade/tiny or colbert_xm/tiny or lexinvariant/tiny or tokenizer_transplant/tiny?",
+        ),
         ("info {tmp}/nothing", "expected a checkpoint folder or a Hub repository OWNER/NAME"),
         ("info {collection}", "is a folder without config.json"),
         ("info {collection}/corpus.jsonl", "is a file"),
