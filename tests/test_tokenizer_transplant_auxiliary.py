@@ -802,7 +802,8 @@ def test_in_the_whole_transplantation(method, vocabularies, base_tables):
 def test_an_encoder_is_left_as_it_was_and_gives_its_own_vectors(tmp_path):
     """Its linear layers are computed by another library for a while; its vectors are its own."""
     torch.manual_seed(0)
-    encoder = BertModel(BertConfig(60, 32, 2, 2, 64, max_position_embeddings=40)).train()
+    config = BertConfig(vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    encoder = BertModel(config).train()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel({chr(97 + i): i for i in range(26)}, unk_token="a"))
     )
