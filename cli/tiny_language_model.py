@@ -120,7 +120,8 @@ def context_vectors(
         window: tokens of the context on either side.
 
     Returns:
-        String, its leading space included, to `(dimensions,)`. Strings that do not occur have none.
+        String, its leading space included, to `(dimensions,)`. Strings that do not occur, or only in contexts that tell
+        nothing, have none.
     """
     reader, reader_starts, reader_ends = _spans(tokenizers[0], texts)
     padding = np.full(window, len(tokenizers[0]))  # before the first token and behind the last
@@ -139,8 +140,10 @@ def context_vectors(
         counts.append((rows, np.concatenate(columns)))
     rows, columns = (np.concatenate(part) for part in zip(*counts))
     table = sparse.coo_array((np.ones(len(rows)), (rows, columns)), shape=(len(strings), 2 * window * size)).tocsr()
-    vectors = _decomposed(_pointwise_information(table), dimensions)
-    return {string: vectors[row] for string, row in strings.items() if vectors[row].any()}
+    information = _pointwise_information(table)
+    vectors = _decomposed(information, dimensions)
+    informed = information.sum(1) > 0  # the others' vectors are rounding errors
+    return {string: vectors[row] for string, row in strings.items() if informed[row]}
 
 
 def _spans(tokenizer: Any, texts: Sequence[str]) -> tuple[NDArray, NDArray, NDArray]:
