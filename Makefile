@@ -15,7 +15,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 # Learns, indexes, answers, explains: a retriever on the texts of this machine. Minutes, no downloads. By default the tour
-# of mistral-splade; FAMILY=colbert-xm and FAMILY=lexinvariant are the others.
+# of mistral-splade; FAMILY=colbert-xm, FAMILY=lexinvariant and FAMILY=tokenizer-transplant are the others.
 quickstart: $(INSTALLED)
 	$(BIN)/rarezoo quickstart $(FAMILY)
 

@@ -15,6 +15,7 @@ _TOURS = {
     "mistral_splade": ("rarezoo.cli.quickstart_mistral_splade", "runs/quickstart"),
     "colbert_xm": ("rarezoo.cli.quickstart_colbert_xm", "runs/quickstart-colbert-xm"),
     "lexinvariant": ("rarezoo.cli.quickstart_lexinvariant", "runs/quickstart-lexinvariant"),
+    "tokenizer_transplant": ("rarezoo.cli.quickstart_tokenizer_transplant", "runs/quickstart-tokenizer-transplant"),
 }
 
 
@@ -24,7 +25,8 @@ def quickstart(
         Path | None,
         typer.Option(
             help="Folder for the checkpoint, the index and the picture. By default runs/quickstart, "
-            "runs/quickstart-colbert-xm, or runs/quickstart-lexinvariant. What an earlier tour left there is replaced."
+            "runs/quickstart-colbert-xm, runs/quickstart-lexinvariant, or runs/quickstart-tokenizer-transplant. What "
+            "an earlier tour left there is replaced."
         ),
     ] = None,
 ) -> None:
@@ -33,7 +35,8 @@ def quickstart(
     Trains a small model on the texts of this machine, saves it, loads it without the package, uses it and quantizes it.
     mistral_splade reads and finds documentation strings and explains its answers; colbert_xm reads translated messages
     of programs, answers questions in several languages, and learns a further one; lexinvariant reads the text of
-    Python's library, the same enciphered, and looks up symbols that it has never seen. Nothing is downloaded.
+    Python's library, the same enciphered, and looks up symbols that it has never seen; tokenizer_transplant gives a
+    language model two other tokenizers by several methods and measures what is left of it. Nothing is downloaded.
     """
     if family not in _TOURS:
         raise ValueError(f"no quickstart for {family!r}; expected {', '.join(_TOURS)}")
