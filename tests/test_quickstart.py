@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import struct
 import sys
 import sysconfig
@@ -12,12 +13,22 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 from transformers.utils import logging
 
-from rarezoo.cli import quickstart_colbert_xm, quickstart_lexinvariant, quickstart_mistral_splade
-from rarezoo.cli.docstring_corpus import _split, read_docstring_pairs
+from rarezoo.cli import (
+    quickstart_colbert_xm,
+    quickstart_lexinvariant,
+    quickstart_mistral_splade,
+    quickstart_tokenizer_transplant,
+)
+from rarezoo.cli.docstring_corpus import _split, read_docstring_pairs, read_docstrings
 from rarezoo.cli.message_catalogues import Message, read_messages, standard_folders
 from rarezoo.cli.multilingual_collection import collect_documentation, collect_messages
 from rarezoo.retrieval import MultiVectorIndex, SparseIndex
-from rarezoo.training import LanguageModelRecipe, LateInteractionRecipe, SparseTrainingRecipe
+from rarezoo.training import (
+    LanguageModelRecipe,
+    LateInteractionRecipe,
+    SparseTrainingRecipe,
+    TransplantTrainingRecipe,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -225,7 +236,10 @@ def test_documentation_asks_in_english_alone():
     assert len(learned) == 270 and not learned & set(collection.questions["en_XX"].values())
 
 
-@pytest.mark.parametrize("tour", [quickstart_mistral_splade, quickstart_colbert_xm, quickstart_lexinvariant])
+@pytest.mark.parametrize(
+    "tour",
+    [quickstart_mistral_splade, quickstart_colbert_xm, quickstart_lexinvariant, quickstart_tokenizer_transplant],
+)
 def test_other_peoples_folders_are_left_alone(tmp_path, tour):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "precious").touch()
@@ -366,6 +380,46 @@ def test_a_small_tour_of_lexinvariant(tmp_path, capsys):
     assert Path(recipe.training_data).is_file() and Path(recipe.tokenizer).is_dir()
 
 
+def test_a_small_tour_of_tokenizer_transplant(tmp_path, capsys):
+    (tmp_path / "stored").mkdir()
+    (tmp_path / "stored" / "left.over").touch()
+    (tmp_path / "quickstart.json").touch()  # as an earlier tour leaves it
+    figures = quickstart_tokenizer_transplant.run(
+        tmp_path, steps=5, donor_steps=3, aftercare_steps=2, held_out=4, files=30
+    )
+    printed = capsys.readouterr().out
+    assert json.loads((tmp_path / "quickstart.json").read_text()) == json.loads(json.dumps(figures))
+    assert not (tmp_path / "stored" / "left.over").exists()
+    assert figures["tokenizers"]["the model's"]["tokens"] < figures["tokenizers"]["supertokens"]["tokens"]
+    words, supertokens = figures["bits per byte"].values()
+    assert words.keys() - supertokens.keys() == {"omp"} and "mean" in supertokens
+    assert all(0 < values["2 steps"] != values["0 steps"] < 8 for values in [*words.values(), *supertokens.values()])
+    assert figures["stored"]["same logits"] is True
+    assert figures["stored"]["matrix bytes"] < figures["stored"]["table bytes"]
+    assert figures["largest difference without rarezoo"] == {"plain": 0, "stored": 0}
+    assert "transformers…LlamaForCausalLM" in printed and "…TransplantedForCausalLM" in printed
+    assert "OTHER" not in printed and (tmp_path / "bits_per_byte.png").read_bytes().startswith(b"\x89PNG")
+
+    # What the tour calls bits per byte, by transformers' own loss, which is a mean over the tokens but the first.
+    folder = tmp_path / "transplanted" / "supertokens" / "mean"
+    model, tokenizer = (auto.from_pretrained(folder) for auto in (AutoModelForCausalLM, AutoTokenizer))
+    _, held_out = read_docstrings(30)
+    step = max(len(held_out) // 4, 1)
+    nats, size = 0.0, 0
+    for text in [text[:300] for text in held_out[::step][:4]]:
+        ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer(text).input_ids]])
+        with torch.no_grad():
+            nats += model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+        size += len(text.encode())
+    assert supertokens["mean"]["0 steps"] == pytest.approx(nats / math.log(2) / size, rel=1e-4)
+    # Its last line is a command that trains the best one for longer.
+    trained = next(
+        path.parent for path in tmp_path.glob("trained/*/*/training_recipe.json") if str(path.parent) in printed
+    )
+    assert f"train {trained} {tmp_path / 'longer'} --set max_steps=20" in printed
+    assert TransplantTrainingRecipe.load(trained).max_steps == 2
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_whole_tour_of_mistral_splade_learns(tmp_path):
@@ -410,3 +464,25 @@ def test_the_whole_tour_of_lexinvariant_learns(tmp_path):
     assert answers["ids never seen"] >= answers["ids of the training"] - 0.01, answers
     for report in figures["quantized"].values():
         assert abs(report["perplexity"] / one["all"] - 1) < 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_whole_tour_of_tokenizer_transplant_learns(tmp_path):
+    figures = quickstart_tokenizer_transplant.run(tmp_path)
+    assert figures["model"]["bits per byte"] < 2.3
+    for name, found in figures["bits per byte"].items():
+        before, after = (
+            {method: values[moment] for method, values in found.items()} for moment in ("0 steps", "100 steps")
+        )
+        baseline = min(before["normal"], before["mean"])
+        assert before["tokenadapt"] < baseline and before["focus"] < baseline, (name, before)
+        assert all(after[method] < before[method] for method in before), (name, found)
+        assert max(after[method] for method in after if method not in ("normal", "mean")) < before["normal"], (
+            name,
+            after,
+        )
+    assert figures["stored"]["same logits"] and figures["largest difference without rarezoo"] == {
+        "plain": 0,
+        "stored": 0,
+    }
