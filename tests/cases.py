@@ -292,14 +292,66 @@ CASES = {
     )
 }
 
-# Families whose checkpoints hold no weights, with the file that tests what else is common.
-STORED_WITHOUT_WEIGHTS = {"tokenizer_transplant": "test_tokenizer_transplant_stored.py"}
 
-HEADS = [(family, auto_class) for family, case in CASES.items() for auto_class in case.heads]
+def masked_rows(auto_class: str, rows: list[torch.Tensor], padding_side: str) -> dict[str, torch.Tensor]:
+    return {
+        "input_ids": pad(rows, padding_side),
+        "attention_mask": pad([torch.ones_like(row) for row in rows], padding_side),
+    }
+
+
+class TransplantedCase(Case):
+    """A family whose configurations hold a base's: `config` and all overrides are the base's fields."""
+
+    def make_config(self, **overrides):
+        return FAMILIES[self.family].config_class()(text_config={**self.config, **overrides})
+
+
+# Families whose checkpoints hold no weights: what is common about their models, and the file that tests the rest.
+WITHOUT_WEIGHTS = {
+    "tokenizer_transplant": (
+        TransplantedCase(
+            family="tokenizer_transplant",
+            config=dict(
+                model_type="llama",
+                vocab_size=160,
+                hidden_size=32,
+                intermediate_size=37,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=12,
+                initializer_range=0.2,
+                pad_token_id=0,
+            ),
+            heads={"AutoModel": "TransplantedModel", "AutoModelForCausalLM": "TransplantedForCausalLM"},
+            inputs=masked_rows,
+            answers={
+                "AutoModel": lambda outputs, inputs: outputs.last_hidden_state[inputs["attention_mask"].bool()],
+                "AutoModelForCausalLM": lambda outputs, inputs: outputs.logits[inputs["attention_mask"].bool()],
+            },
+            variants={
+                "llama": dict(),
+                "mistral": dict(model_type="mistral", sliding_window=3),
+                "qwen3": dict(model_type="qwen3"),
+                "tied": dict(tie_word_embeddings=True),
+            },
+        ),
+        "test_tokenizer_transplant_stored.py",
+    )
+}
+MODELS = CASES | {family: case for family, (case, _) in WITHOUT_WEIGHTS.items()}
+
+
+def heads_of(cases: dict[str, Case]) -> list[tuple[str, str]]:
+    return [(family, auto_class) for family, case in cases.items() for auto_class in case.heads]
+
+
+HEADS, MODEL_HEADS = heads_of(CASES), heads_of(MODELS)
 VOCABULARY_HEADS = [(family, auto_class) for family, auto_class in HEADS if CASES[family].vocabulary_head]
 VARIANTS = [
     (family, auto_class, variant)
-    for family, case in CASES.items()
+    for family, case in MODELS.items()
     for auto_class in case.heads
     for variant in case.variants
 ]

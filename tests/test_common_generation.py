@@ -14,7 +14,7 @@ from transformers import DynamicCache, GenerationMixin
 
 from rarezoo.auto import FAMILIES
 
-from .cases import CASES, VARIANTS, auto
+from .cases import CASES, MODELS, VARIANTS, auto
 
 AUTO_CLASS = "AutoModelForCausalLM"
 NEW = 6
@@ -35,14 +35,14 @@ GENERATING = [variant for variant in VARIANTS if variant[1] == AUTO_CLASS]
 def variant(request):
     """(case, model) of every variant of every family that generates."""
     family, _, name = request.param
-    case = CASES[family]
+    case = MODELS[family]
     return case, case.build(AUTO_CLASS, **case.variants[name])
 
 
-@pytest.fixture(params=[family for family, case in CASES.items() if AUTO_CLASS in case.heads])
+@pytest.fixture(params=[family for family, case in MODELS.items() if AUTO_CLASS in case.heads])
 def plain(request):
     """(case, model) of every family that generates."""
-    case = CASES[request.param]
+    case = MODELS[request.param]
     return case, case.build(AUTO_CLASS)
 
 
@@ -191,7 +191,8 @@ def test_logits_to_keep(variant):
 def test_settings_are_saved(plain, tmp_path):
     case, model = plain
     model.generation_config.update(num_beams=2, max_new_tokens=4, min_new_tokens=4)
-    model.save_pretrained(tmp_path)
+    stored = model if case.family in CASES else model.merge_and_unload()
+    stored.save_pretrained(tmp_path)
     loaded = auto(AUTO_CLASS).from_pretrained(tmp_path)
     assert loaded.generation_config.num_beams == 2
     inputs = one_row(case)

@@ -5,21 +5,21 @@ import torch
 
 from rarezoo.auto import FAMILIES
 
-from .cases import CASES, DEVICE, HEADS, VARIANTS, VOCABULARY_HEADS, auto
+from .cases import CASES, DEVICE, MODEL_HEADS, MODELS, VARIANTS, VOCABULARY_HEADS, auto
 
 TOLERANCE = 1e-5
 
 
-@pytest.fixture(params=HEADS, ids="-".join)
+@pytest.fixture(params=MODEL_HEADS, ids="-".join)
 def head(request):
     family, auto_class = request.param
-    return CASES[family], auto_class
+    return MODELS[family], auto_class
 
 
 @pytest.fixture(params=VARIANTS, ids="-".join)
 def variant(request):
     family, auto_class, name = request.param
-    case = CASES[family]
+    case = MODELS[family]
     return case, auto_class, case.variants[name]
 
 
@@ -150,7 +150,8 @@ def test_resized_vocabulary(head, tmp_path):
         if new_size > size:
             assert torch.equal(found[..., : expected.shape[-1]], expected)
             assert found.shape[-1] in (expected.shape[-1], new_size)
-        model.save_pretrained(tmp_path / str(new_size))
+        stored = model if case.family in CASES else model.merge_and_unload()
+        stored.save_pretrained(tmp_path / str(new_size))
         loaded = auto(auto_class).from_pretrained(tmp_path / str(new_size)).to(DEVICE)
         assert torch.equal(case.answer(loaded, auto_class, inputs), found)
 
@@ -159,7 +160,7 @@ def test_resized_vocabulary(head, tmp_path):
 @torch.no_grad()
 def test_tied_head(family_head, tmp_path):
     """`tie_word_embeddings`: one tensor, stored once, still one after loading; a tied head is the embedding matrix."""
-    case, auto_class = CASES[family_head[0]], family_head[1]
+    case, auto_class = MODELS[family_head[0]], family_head[1]
     tied, inputs = case.build(auto_class, tie_word_embeddings=True), case.batch(auto_class)
     embedding, output = tied.get_input_embeddings().weight, tied.get_output_embeddings().weight
     assert embedding.data_ptr() == output.data_ptr()

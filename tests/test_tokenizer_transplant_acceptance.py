@@ -18,9 +18,11 @@ import peft
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
+from rarezoo import TransplantedConfig, TransplantedForCausalLM
 from rarezoo.tokenizer_transplant import (
     Vocabulary,
     method_names,
@@ -149,6 +151,7 @@ import hashlib, json, sys
 import numpy as np
 import torch
 from pathlib import Path
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 from rarezoo.tokenizer_transplant import plan_transplant
@@ -477,3 +480,90 @@ def test_provenance_and_report_travel(plain, tmp_path):
             expected = torch.tensor(line["weights"], dtype=torch.float64) @ base[name][line["base_ids"]].double()
             torch.testing.assert_close(weights[name][line["id"]].double(), expected, rtol=1e-5, atol=1e-6)
     assert kinds == provenance["counts"]
+
+
+@torch.no_grad()
+def test_a_padding_token_with_a_large_id(small_tokenizer):
+    """RoBERTa's kind counts positions from the padding id, which in another vocabulary may be beyond all positions."""
+    base = build("xlm_roberta", rows=len(small_tokenizer))
+    inputs = inputs_for(base, small_tokenizer, TEXTS[2])
+    expected = base(**inputs)[0]
+    order = torch.arange(len(small_tokenizer)).flip(0)
+    new_tokenizer = permuted_tokenizer(small_tokenizer, order.tolist())
+    assert new_tokenizer.pad_token_id > base.config.max_position_embeddings
+    result = transplant_tokenizer(base, new_tokenizer, "retok", base_tokenizer=small_tokenizer)
+    found = result.model(**inputs_for(result.model, result.tokenizer, TEXTS[2]))[0]
+    torch.testing.assert_close(found[..., order], expected, rtol=1e-5, atol=1e-5)
+
+
+# --- checkpoints that store the matrix --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stored(plain, tmp_path):
+    """The same transplantation stored by its matrix: the folder."""
+    folder, result = plain
+    base = folder.parent / "base"
+    model = TransplantedForCausalLM.from_base(
+        base, result.matrix, result.tokenizer, AutoTokenizer.from_pretrained(base), provenance=result.report.provenance
+    )
+    model.save_pretrained(tmp_path / "stored")
+    result.tokenizer.save_pretrained(tmp_path / "stored")
+    return tmp_path / "stored"
+
+
+def test_generation_settings_are_stored(stored, tmp_path):
+    """Those of the checkpoint, not the base's; also in the plain model that it is merged to."""
+    model = AutoModelForCausalLM.from_pretrained(stored)
+    model.generation_config.update(num_beams=2, max_new_tokens=4)
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert (again.generation_config.num_beams, again.generation_config.max_new_tokens) == (2, 4)
+    assert again.generation_config.suppress_tokens == list(range(536, 576))
+    again.generation_config = GenerationConfig(max_new_tokens=3)
+    assert again.merge_and_unload().generation_config.max_new_tokens == 3
+
+
+def test_the_installed_class_opens_it(stored):
+    for trust in ({}, {"trust_remote_code": True}, {"trust_remote_code": False}):
+        assert type(AutoModelForCausalLM.from_pretrained(stored, **trust)) is TransplantedForCausalLM
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("settings", [{"bnb_4bit_quant_type": "fp4"}, {"bnb_4bit_quant_type": "nf4"}, None])
+@torch.no_grad()
+def test_a_quantized_base_is_stored_by_the_matrix(settings, stored, tmp_path):
+    """What was opened in 4 or 8 bits is stored as it was: by the matrix; the base comes in full precision or not."""
+    pytest.importorskip("bitsandbytes")
+    settings = BitsAndBytesConfig(load_in_8bit=True) if settings is None else BitsAndBytesConfig(
+        load_in_4bit=True, **settings
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(stored, quantization_config=settings)
+    inputs = torch.arange(40, 52)[None]
+    expected = model(inputs).logits
+    model.save_pretrained(tmp_path / "again")
+    assert [path.name for path in (tmp_path / "again").glob("*.safetensors")] == ["transplant_matrix.safetensors"]
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", quantization_config=settings)
+    assert torch.equal(again(inputs).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(base_model_name_or_path=3), "'base_model_name_or_path' expected str, got int"),
+        (dict(base_revision=1.5), "base_revision"),
+        (dict(token_ids=[1, 2]), "token_ids"),
+        (dict(tokenizer_transplant="retok"), "tokenizer_transplant"),
+    ],
+)
+def test_faulty_configurations_are_refused(fields, message, tmp_path):
+    with pytest.raises(StrictDataclassError, match=message):
+        TransplantedConfig(**fields)
+    TransplantedConfig().save_pretrained(tmp_path)
+    with pytest.raises(StrictDataclassError, match=message):
+        TransplantedConfig.from_pretrained(tmp_path, **fields)
+
+
+def test_instances_do_not_share_their_class_map():
+    TransplantedConfig().auto_map["AutoModel"] = "elsewhere.Model"
+    assert TransplantedConfig().auto_map["AutoModel"] != "elsewhere.Model"
