@@ -326,6 +326,7 @@ def assert_rows(matrix, parity, name, tolerance, rows=slice(None)):
         torch.testing.assert_close(found[rows], parity["expected"][f"{name}.{table}"], atol=tolerance, rtol=0)
 
 
+PARTIAL = ("prefix_match", "byte_match")
 INTERPOLATION = "common_interpolation_k5"
 METHOD_CASES = {
     "omp_k8": ("omp", {"k": 8}, 1e-5),
@@ -394,6 +395,47 @@ def test_a_plan_with_mergekits_compatibility(parity):
     )
     assert_rows(matrix, parity, "omp_k8", 1e-5, rows=parity["meta"]["mergekit_row_ids"])
     assert report.provenance["counts"]["combined"] == 94
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("omp_k4_magikarp", {"magikarp": True}), ("omp_k4_bytematch_prefixmatch", dict.fromkeys(PARTIAL, "yes"))],
+)
+def test_plans_with_mergekits_filters(name, options, parity):
+    matrix, report = plan_transplant(
+        *parity["tokenizers"],
+        *parity["base"],
+        "omp",
+        donor_tables=tuple(parity["donor"]),
+        compatibility="mergekit",
+        k=4,
+        **options,
+    )
+    rows = None if name == "omp_k4_magikarp" else parity["meta"]["mergekit_row_ids"]
+    for table, position in (("input", 0), ("output", 1)):
+        made = matrix.apply(parity["base"][position], head=bool(position))
+        made = made if rows is None else made[rows]
+        torch.testing.assert_close(made, parity["expected"][f"{name}.{table}"], atol=1e-5, rtol=0)
+    assert all(report.provenance[option] == value for option, value in options.items())
+
+
+def test_noise_and_scale_of_new_rows(parity):
+    def tables(**options):
+        matrix, _ = plan_transplant(
+            *parity["tokenizers"], *parity["base"], "omp", donor_tables=tuple(parity["donor"]), k=4, **options
+        )
+        made = torch.isin(matrix.kinds, torch.tensor([int(SourceKind.COMBINED)], dtype=torch.uint8))
+        return made, matrix.apply(parity["base"][0]), matrix.apply(parity["base"][1], head=True)
+
+    made, *plain = tables()
+    _, *doubled = tables(new_vocab_scale=2.0)
+    _, *noisy = tables(new_vocab_noise=0.5, seed=3)
+    for before, scaled, shaken in zip(plain, doubled, noisy):
+        torch.testing.assert_close(scaled[made], 2 * before[made])
+        assert torch.equal(scaled[~made], before[~made]) and torch.equal(shaken[~made], before[~made])
+        assert (shaken - before)[made].std().item() == pytest.approx(0.5, rel=0.1)
+    assert not torch.equal(noisy[0] - plain[0], noisy[1] - plain[1])
+    assert torch.equal(tables(new_vocab_noise=0.5, seed=3)[1], noisy[0])
 
 
 # --- our own rules ----------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from torch import Tensor
 from .auxiliary_vectors import as_auxiliary_vectors
 from .table_surgery import TokenIds, base_tables, fitting_chat_template, transplant_tables
 from .token_bytes import Matches, Vocabulary, match_vocabularies
-from .transplant_matrix import SourceKind, TransplantMatrix, blend, concatenate
+from .transplant_matrix import CombinationRows, SourceKind, TransplantMatrix, blend, concatenate
 from .transplant_report import REPORT_NAME, TransplantReport, as_json
 
 Method = Callable[..., TransplantMatrix]
@@ -65,7 +65,7 @@ _PEERS: dict[str, tuple[str, tuple[Any, ...]]] = {
 _DEFAULT_FALLBACK = ("retok", "mean")
 # WECHSEL computes a row for every token, and copies only special ones.
 _OWN_RULES = {"wechsel": "special"}
-_RESCALED = (SourceKind.MAPPED, SourceKind.COMBINED, SourceKind.DENSE)
+_MADE = (SourceKind.MAPPED, SourceKind.COMBINED, SourceKind.DENSE)
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,12 @@ def plan_transplant(
     compatibility: str | None = None,
     special_map: Mapping[str, str] | None = None,
     fallback: Sequence[Any] | None = None,
+    prefix_match: str = "no",
+    byte_match: str = "no",
+    magikarp: bool = False,
     rescale: str = "none",
+    new_vocab_noise: float = 0.0,
+    new_vocab_scale: float = 1.0,
     pad_to_multiple_of: int = 1,
     seed: int = 0,
     **options: Any,
@@ -283,13 +288,27 @@ def plan_transplant(
     )
     if method == "mapping":
         context, matches = _without_mapped(context, matches, options)
-    matrix = _matrix(context, matches, chain, pad_to_multiple_of)
+    zeroed = torch.empty(0, dtype=torch.int64)
+    if magikarp:
+        context, matches, zeroed = _well_trained(context, matches)
+    partial = {"prefix_match": prefix_match, "byte_match": byte_match}
+    if magikarp:
+        partial["base_ids"] = context.anchors[1]
+    matrix = _matrix(context, matches, chain, pad_to_multiple_of, zeroed, partial)
     if rescale == "mean_norm":
         matrix = _rescaled(matrix, context)
+    if new_vocab_noise or new_vocab_scale != 1:
+        matrix = _perturbed(matrix, context, new_vocab_noise, new_vocab_scale)
     settings = {
         "match": rule,
         "special_map": dict(special_map or {}),
+        "auxiliary": as_json(auxiliary) if isinstance(auxiliary, (str, os.PathLike, type(None))) else _kind(auxiliary),
+        "prefix_match": prefix_match,
+        "byte_match": byte_match,
+        "magikarp": magikarp,
         "rescale": rescale,
+        "new_vocab_noise": new_vocab_noise,
+        "new_vocab_scale": new_vocab_scale,
         "pad_to_multiple_of": pad_to_multiple_of,
     }
     provenance = _provenance(context, matrix, chain, settings)
@@ -313,8 +332,6 @@ def _provenance(
 ) -> dict[str, Any]:
     """Plain JSON that tells how the matrix was made."""
     (method, options), *fallback = chain
-    auxiliary = context.auxiliary
-    plain = auxiliary is None or isinstance(auxiliary, (str, os.PathLike))
     return {
         "format": 1,
         "method": str(method),
@@ -322,7 +339,6 @@ def _provenance(
         "fallback": as_json([[name, own] if own else name for name, own in fallback]),
         "compatibility": context.compatibility,
         **settings,
-        "auxiliary": as_json(auxiliary) if plain else type(auxiliary).__name__,
         "seed": context.seed,
         "base_rows": context.base_rows,
         "rows": len(matrix),
@@ -365,22 +381,46 @@ def _without_mapped(
     return replace(context, matched=base_ids), matches
 
 
+def _kind(auxiliary: Any) -> str:
+    return type(auxiliary).__name__
+
+
+def _well_trained(context: TransplantContext, matches: Matches) -> tuple[TransplantContext, Matches, Tensor]:
+    """Without matches that either model has hardly trained, and the new ids whose rows are zeros."""
+    trained = importlib.import_module(".methods_donor", __package__).well_trained_matches(context)
+    kinds = torch.where(trained.matched >= 0, matches.kinds, int(SourceKind.UNDEFINED)).to(torch.uint8)
+    context.notes["matches that were hardly trained"] = int((context.matched != trained.matched).sum())
+    matches = Matches(trained.matched, kinds, matches.without_row)
+    return replace(context, matched=trained.matched), matches, trained.zeroed
+
+
 def _matrix(
-    context: TransplantContext, matches: Matches, chain: Sequence[tuple[Any, Mapping[str, Any]]], multiple: int
+    context: TransplantContext,
+    matches: Matches,
+    chain: Sequence[tuple[Any, Mapping[str, Any]]],
+    multiple: int,
+    zeroed: Tensor,
+    partial: Mapping[str, Any],
 ) -> TransplantMatrix:
-    """All rows: copies, then each method of the chain for the rows that are still undefined, then padding."""
+    """All rows: copies and zeros, then each method of the chain for the rows that are still undefined, the first with
+    partial matches before it, then padding."""
     rows = -(-context.new.size // multiple) * multiple
     copies = TransplantMatrix.copies(matches.base_ids, context.base_rows)
     matrix = TransplantMatrix(matches.kinds, copies.input, context.base_rows)
     used = torch.zeros(context.new.size, dtype=torch.bool)
     used[torch.tensor(context.new.used_ids)] = True
     padding = (~used).nonzero()[:, 0]
+    matrix = matrix.replaced(zeroed, TransplantMatrix.constant(len(zeroed), context.base_rows, SourceKind.ZERO))
     matrix = matrix.replaced(padding, _padding(len(padding), context))
     rows_by_method: dict[str, int] = {}
-    for method, options in chain:
+    for number, (method, options) in enumerate(chain):
         targets = matrix.undefined()
         if len(targets):
-            found = _run(context.with_targets(targets), method, options)
+            asked = context.with_targets(targets)
+            found = _run(asked, method, options)
+            if number == 0 and (partial["prefix_match"], partial["byte_match"]) != ("no", "no"):
+                donor_methods = importlib.import_module(".methods_donor", __package__)
+                found = donor_methods.with_partial_matches(found, donor_methods.partial_matches(asked, **partial))
             matrix = matrix.replaced(targets, found)
             rows_by_method[str(method)] = len(targets) - len(found.undefined())
     undefined = matrix.undefined().tolist()
@@ -400,9 +440,14 @@ def _padding(count: int, context: TransplantContext) -> TransplantMatrix:
     return TransplantMatrix.constant(count, context.base_rows, SourceKind.PADDING)
 
 
+def _made(matrix: TransplantMatrix) -> Tensor:
+    """Positions of the rows that a method made, `(n,)` int64."""
+    return torch.isin(matrix.kinds, torch.tensor([int(kind) for kind in _MADE], dtype=torch.uint8)).nonzero()[:, 0]
+
+
 def _rescaled(matrix: TransplantMatrix, context: TransplantContext) -> TransplantMatrix:
     """Rows that a method made, scaled to the mean norm of the base's token rows, in each table."""
-    made = torch.isin(matrix.kinds, torch.tensor([int(kind) for kind in _RESCALED], dtype=torch.uint8)).nonzero()[:, 0]
+    made = _made(matrix)
     part = matrix.select(made)
     ids = torch.tensor([token_id for token_id in context.base.used_ids if token_id < context.base_rows])
 
@@ -416,6 +461,23 @@ def _rescaled(matrix: TransplantMatrix, context: TransplantContext) -> Transplan
         head = scaled(part.rows_for(head=True), context.head_table)
     rescaled = TransplantMatrix(part.kinds, scaled(part.input, context.input_table), part.base_rows, head)
     return matrix.replaced(made, rescaled)
+
+
+def _perturbed(matrix: TransplantMatrix, context: TransplantContext, noise: float, scale: float) -> TransplantMatrix:
+    """Rows that a method made, plus Gaussian noise, then multiplied: independent draws for each table."""
+    made = _made(matrix)
+    part, generator = matrix.select(made), context.generator()
+
+    def changed(rows: CombinationRows) -> CombinationRows:
+        draws = noise * torch.randn(len(rows), context.input_table.shape[1], generator=generator)
+        nothing = torch.empty(len(rows), 0)
+        noisy = rows.plus(CombinationRows.from_padded(nothing.long(), nothing, draws)) if noise else rows
+        return noisy.scaled(torch.full((len(rows),), scale))
+
+    has_head = (context.head_table is not None and bool(noise)) or part.head is not None
+    rows = changed(part.input)
+    head = changed(part.rows_for(head=True)) if has_head else None
+    return matrix.replaced(made, TransplantMatrix(part.kinds, rows, part.base_rows, head))
 
 
 # --- the call ---------------------------------------------------------------------------------------------------------
@@ -467,7 +529,12 @@ def transplant_tokenizer(
     compatibility: str | None = None,
     special_map: Mapping[str, str] | None = None,
     fallback: Sequence[Any] | None = None,
+    prefix_match: str = "no",
+    byte_match: str = "no",
+    magikarp: bool = False,
     rescale: str = "none",
+    new_vocab_noise: float = 0.0,
+    new_vocab_scale: float = 1.0,
     pad_to_multiple_of: int = 1,
     seed: int = 0,
     dtype: torch.dtype | str | None = None,
@@ -493,7 +560,13 @@ def transplant_tokenizer(
             defects included.
         special_map: {new token: base token} whose row it takes, before all other rules.
         fallback: methods, in order, for rows that the method leaves undefined; by default ReTok, then the mean.
+        prefix_match, byte_match: "no", "yes", "embed" (input table) or "lm_head" (head): instead of what the method
+            makes, the row of the base's longest prefix of the token, or of its single byte.
+        magikarp: copy and use only tokens that base and donor have trained well (Fishing for Magikarp, arXiv
+            2405.05417); those that neither has become zeros.
         rescale: "none", or "mean_norm": rows that a method made get the mean norm of the base's rows.
+        new_vocab_noise, new_vocab_scale: standard deviation of Gaussian noise on the rows that a method made, and then
+            their factor.
         pad_to_multiple_of: rows of the new tables are a multiple of it; padding rows are never generated.
         seed: of all draws.
         dtype: in which a model is loaded; by default the checkpoint's.
@@ -520,7 +593,12 @@ def transplant_tokenizer(
         compatibility=compatibility,
         special_map=special_map,
         fallback=fallback,
+        prefix_match=prefix_match,
+        byte_match=byte_match,
+        magikarp=magikarp,
         rescale=rescale,
+        new_vocab_noise=new_vocab_noise,
+        new_vocab_scale=new_vocab_scale,
         pad_to_multiple_of=pad_to_multiple_of,
         seed=seed,
         **options,
