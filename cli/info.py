@@ -117,8 +117,10 @@ def _count_parameters(config: Any) -> int:
 
 def _own_fields(config: Any) -> dict[str, Any]:
     """The configuration as stored, without what other lines of the answer say."""
-    left_out = ("auto_map", "quantization_config", "architectures", "transformers_version", "_name_or_path")
-    left_out += ("tokenizer_transplant",)
+    left_out = (
+        *("auto_map", "quantization_config", "architectures", "transformers_version", "_name_or_path"),
+        "tokenizer_transplant",
+    )
     return {name: value for name, value in config.to_dict().items() if name not in left_out}
 
 
