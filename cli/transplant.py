@@ -145,7 +145,7 @@ def transplant(
         typer.Option("--magikarp/--no-magikarp", help="Neither copy nor use rows that are hardly trained."),
     ] = None,
     new_vocab_noise: Annotated[
-        float | None, typer.Option("--new-vocab-noise", "-nvn", help="Standard deviation of noise on new rows.")
+        float | None, typer.Option("--new-vocab-noise", "-nvn", min=0, help="Standard deviation of noise on new rows.")
     ] = None,
     new_vocab_scale: Annotated[
         float | None, typer.Option("--new-vocab-scale", "-nvs", help="Factor of new rows.")

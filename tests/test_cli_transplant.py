@@ -70,14 +70,57 @@ def stored(tmp_path_factory) -> Path:
         ("subword_weighted_mean", "-a subword --subword-method weighted_mean", 1e-5),
         ("stb_k8", "-a stb -k 8", 1e-4),
         ("mp_rope_k4", "-a mp_rope -k 4", 1e-4),
+        ("omp_k4_bytematch_prefixmatch", "-a omp -k 4 -bm yes -pm yes", 1e-5),
+        ("omp_k4_bytematch_prefixmatch", "-a omp -k 4 --byte-match yes --prefix-match yes", 1e-5),
+        ("omp_k4_magikarp", "-a omp -k 4 --magikarp", 1e-5),
     ],
 )
 def test_mergekits_flags_give_mergekits_rows(name, flags, tolerance, meta, tmp_path):
     call("transplant", BASE, DONOR, tmp_path / "out", *flags.split(), "--compatibility", "mergekit")
     expected, found = load_file(FOLDER / "expected_mergekit.safetensors"), weights(tmp_path / "out")
-    rows = meta["mergekit_row_ids"]
+    rows = range(meta["new_len"]) if "magikarp" in name else meta["mergekit_row_ids"]
     for table, tensor in TABLES.items():
         torch.testing.assert_close(found[tensor][rows], expected[f"{name}.{table}"], atol=tolerance, rtol=0)
+
+
+def test_noise_and_scale_change_new_rows_alone(plain, tmp_path):
+    """As mergekit does: noise first, then the factor; drawn for each table by the seed."""
+    given = ("transplant", BASE, DONOR)
+    runs = {"scaled": "-nvs 2", "noisy": "-nvn 0.5", "again": "--new-vocab-noise 0.5", "other": "-nvn 0.5 --seed 1"}
+    runs["both"] = "-nvn 0.5 --new-vocab-scale 3"
+    found = {}
+    for name, flags in runs.items():
+        call(*given, tmp_path / name, "-a", "retok", *flags.split())
+        found[name] = weights(tmp_path / name)
+    rows = json.loads((plain / "transplant_report.json").read_text())["tokens"]
+    made = torch.tensor([row["source"] == "combined" for row in rows])
+    for tensor in TABLES.values():
+        before = weights(plain)[tensor]
+        assert all(torch.equal(run[tensor][~made], before[~made]) for run in found.values())
+        torch.testing.assert_close(found["scaled"][tensor][made], 2 * before[made])
+        noise = (found["noisy"][tensor] - before)[made]
+        assert 0.45 < noise.std() < 0.55 and noise.mean().abs() < 0.05
+        assert torch.equal(found["noisy"][tensor], found["again"][tensor])
+        assert not torch.equal(found["noisy"][tensor], found["other"][tensor])
+        torch.testing.assert_close(found["both"][tensor][made], 3 * found["noisy"][tensor][made])
+    one, other = ((found["noisy"][tensor] - weights(plain)[tensor])[made] for tensor in TABLES.values())
+    assert (one - other).abs().max() > 0.1
+    noisy = json.loads((tmp_path / "noisy" / "config.json").read_text())["tokenizer_transplant"]
+    assert (noisy["new_vocab_noise"], noisy["new_vocab_scale"], sum(noisy["counts"].values())) == (0.5, 1, 536)
+
+
+def test_partial_matches_and_the_filter_are_options_of_every_method(plain, tmp_path):
+    given = ("transplant", BASE, DONOR)
+    told = json.loads(call(*given, tmp_path / "prefix", "-a", "retok", "-pm", "embed", "--json").stdout)
+    assert told["prefix_match"] == "embed"
+    changed = (weights(tmp_path / "prefix")[TABLES["input"]] != weights(plain)[TABLES["input"]]).any(1)
+    assert 0 < int(changed.sum()) <= 94
+    assert torch.equal(weights(tmp_path / "prefix")[TABLES["output"]], weights(plain)[TABLES["output"]])
+    told = json.loads(call(*given, tmp_path / "filtered", "-a", "retok", "--magikarp", "--json").stdout)
+    assert told["counts"]["zero"] > 0 and told["counts"]["copied"] < 440 and sum(told["counts"].values()) == 536
+    rows = json.loads((tmp_path / "filtered" / "transplant_report.json").read_text())["tokens"]
+    zeroed = [row["id"] for row in rows if row["source"] == "zero"]
+    assert (weights(tmp_path / "filtered")[TABLES["input"]][zeroed] == 0).all()
 
 
 @pytest.mark.parametrize("name", ["hybrid", "local", "global", "thr"])
@@ -318,6 +361,9 @@ def test_word_vectors_by_their_libraries(tmp_path, monkeypatch):
         (["{base}", "{donor}", "out", "-a", "mean", "--match", "soundex"], "soundex"),
         (["{base}", "{donor}", "out", "-a", "mean", "--compatibility", "zett"], "compatibility must be None or one of"),
         (["{base}", "{donor}", "out", "-a", "mean", "--rescale", "twice"], "rescale must be 'none' or 'mean_norm'"),
+        (["{base}", "{donor}", "out", "-a", "mean", "-pm", "maybe"], "prefix_match is one of no, yes, embed, lm_head"),
+        (["{base}", "{tokenizer}", "out", "-a", "mean", "--magikarp"], "{tokenizer} holds none: give --donor"),
+        (["{base}", "{donor}", "out", "-a", "mean", "-nvn", "-1"], "See `rarezoo transplant --help`."),
         (["{base}", "{donor}", "out", "-a", "mean", "-pad", "0"], "See `rarezoo transplant --help`."),
         (["{base}", "{donor}", "out", "--mapping", "none.json"], "no mapping at none.json"),
         (["{base}", "{donor}", "out", "-a", "omp", "--fallback", "guess"], "unknown method 'guess'"),
