@@ -482,7 +482,7 @@ def test_dependence_on_other_rows_is_none(tokenizers, tables, auxiliary):
         (["tokenadapted"], {}, "unknown method 'tokenadapted'; known: tokenadapt"),
         (["retok"], {"temperature": 1}, "method 'retok' has no option temperature; it has: none"),
         (["tokenadapt"], {}, "method 'tokenadapt' needs auxiliary="),
-        (["tokenadapt"], {"auxiliary": {}, "weight": 2}, "weight must lie between 0 and 1, found 2"),
+        (["tokenadapt"], {"auxiliary": {"a": [1.0]}, "weight": 2}, "weight must lie between 0 and 1, found 2"),
         (["retok"], {"fallback": ["means"]}, "unknown method 'means'"),
         ([mix([("retok", 1), ("means", 1)])], {}, "unknown method 'means'"),
         ([mix([("retok", 1)])], {"k": 3}, "give options to the methods of the mix; found k"),
