@@ -64,9 +64,12 @@ def to_rarezoo(
             base's with a matrix do not give.
     """
     _refuse_settings(dtype, max_shard_size)
+    source_folder = _local(source)
+    if (source_folder / MATRIX_NAME).is_file():
+        raise ConversionError(f"{source} has the layout 'rarezoo' already; expected a plain folder")
     if base is None:
         raise ConversionError(f"which model was {source} made from? Give its folder or Hub repository as base")
-    new, old = _opened(_local(source)), _opened(_local(base, base_revision))
+    new, old = _opened(source_folder), _opened(_local(base, base_revision))
     _check_other_weights(new, old)
     tokenizer, base_tokenizer = AutoTokenizer.from_pretrained(new.folder), AutoTokenizer.from_pretrained(old.folder)
     matrix = _matrix_between(new, old, tokenizer)
@@ -83,6 +86,7 @@ def to_rarezoo(
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         size = (staging / MATRIX_NAME).stat().st_size
+    halves = [rows for rows in (matrix.input, matrix.head) if rows is not None]
     notes = [f"counts of rows: {json.dumps(matrix.counts())}", *_differing_ids(new.config, model.config.text_config)]
     dense = matrix.counts().get("dense", 0)
     if dense:
@@ -91,6 +95,7 @@ def to_rarezoo(
         str(destination),
         "rarezoo",
         tensors=len(new.vocabulary),
+        parameters=sum(len(rows.weights) + (0 if rows.dense is None else rows.dense.numel()) for rows in halves),
         size_bytes=size,
         files=1,
         dtype=str(model.dtype).removeprefix("torch."),
@@ -136,11 +141,13 @@ def to_official(
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rewrite_checkpoint(checkpoint, destination, matrix, ids, tokenizer, provenance=config.tokenizer_transplant)
     written = _opened(Path(destination))
+    parameters = sum(written.read(name).numel() for name in written.files)
     sizes = [(Path(destination) / file).stat().st_size for file in set(written.files.values())]
     report = FolderReport(
         str(destination),
         _PLAIN,
         tensors=len(written.files),
+        parameters=parameters,
         size_bytes=sum(sizes),
         files=len(sizes),
         dtype=str(written.tables()[0].dtype).removeprefix("torch."),

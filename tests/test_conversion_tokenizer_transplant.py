@@ -49,7 +49,11 @@ def test_there_and_back(plain, stored, tmp_path):
     assert written.size_bytes == (folder / "transplant_matrix.safetensors").stat().st_size
     assert len(written.dropped) + written.tensors == len(load_file(plain / "model.safetensors"))
     back = convert(FAMILY, folder, tmp_path / "back", to="official")
-    assert back.folders[0].tensors == len(load_file(plain / "model.safetensors"))
+    tensors = load_file(plain / "model.safetensors")
+    assert (back.folders[0].tensors, back.folders[0].parameters) == (
+        len(tensors),
+        sum(tensor.numel() for tensor in tensors.values()),
+    )
     assert_same_weights(plain, tmp_path / "back")
     for name in ("config.json", "generation_config.json"):
         before, after = (json.loads((where / name).read_text()) for where in (plain, tmp_path / "back"))
@@ -143,6 +147,11 @@ def changed(plain, folder, name):
             ConversionError,
             "does not hold transplant_matrix",
             lambda plain, stored, out: convert(FAMILY, plain, out, to="official"),
+        ),
+        (
+            ConversionError,
+            "has the layout 'rarezoo' already",
+            lambda plain, stored, out: convert(FAMILY, stored, out, base=BASE),
         ),
         (
             ConversionError,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -261,6 +262,11 @@ def plan_transplant(
     Other arguments and errors: as `transplant_tokenizer`.
     """
     _check_arguments(compatibility, rescale, pad_to_multiple_of)
+    if not (0 <= new_vocab_noise < math.inf and math.isfinite(new_vocab_scale)):
+        raise ValueError(
+            f"new_vocab_noise must be a number that is not negative, new_vocab_scale a number; found {new_vocab_noise} "
+            f"and {new_vocab_scale}"
+        )
     base, new = Vocabulary(base_tokenizer), Vocabulary(new_tokenizer)
     if head_table is not None and head_table.shape != input_table.shape:
         raise ValueError(f"the head has shape {tuple(head_table.shape)}, the input table {tuple(input_table.shape)}")
@@ -658,6 +664,9 @@ def donor_tables_of(donor: Any, tokenizer: Any) -> tuple[Tensor, Tensor | None] 
             raise ValueError(
                 f"the donor's tokenizer is not the new one: {len(differing)} tokens differ, such as {min(differing)!r}"
             )
+        if any(Path(donor).glob("*.safetensors")):  # its tables alone, mapped into memory
+            checkpoint = importlib.import_module(".checkpoint_streaming", __package__).StoredCheckpoint.open(donor)
+            return checkpoint.tables()[:2]
         donor = _load_model(donor, None)
     input_table, head_table, _ = base_tables(donor)
     return input_table.detach(), None if head_table is None else head_table.detach()
