@@ -1,7 +1,5 @@
 """Configuration of a model that is another one with a transplanted tokenizer."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from huggingface_hub.dataclasses import strict

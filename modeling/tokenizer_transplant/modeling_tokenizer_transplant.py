@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    GenerationConfig,
     GenerationMixin,
     PreTrainedModel,
 )
@@ -163,6 +165,11 @@ class TransplantedPreTrainedModel(PreTrainedModel):
             )
         model = cls._applied(config, base, matrix, kwargs)
         model.config._name_or_path = str(pretrained_model_name_or_path)
+        if model.can_generate():
+            with suppress(OSError):  # without the file, those of the base, translated
+                model.generation_config = model.model.generation_config = GenerationConfig.from_pretrained(
+                    pretrained_model_name_or_path, **located, **reached
+                )
         adapter = dict(own.get("adapter_kwargs") or {})
         if "_adapter_model_path" in adapter:  # an AutoClass was given the folder of a PEFT adapter
             model.load_adapter(adapter.pop("_adapter_model_path"), adapter_kwargs=adapter)
@@ -217,6 +224,8 @@ class TransplantedPreTrainedModel(PreTrainedModel):
 
     def merge_and_unload(self) -> PreTrainedModel:
         """The plain model of the base's class, which needs nothing of this one; not a copy."""
+        if self.can_generate():
+            self.model.generation_config = self.generation_config
         return self.model
 
     def get_input_embeddings(self):
@@ -297,8 +306,10 @@ class TransplantedForCausalLM(TransplantedPreTrainedModel, GenerationMixin):
             given["logits_to_keep"] = logits_to_keep
         return self.model(**_without_none(**given), **kwargs)
 
-    def prepare_inputs_for_generation(self, *args, **kwargs):
-        return self.model.prepare_inputs_for_generation(*args, **kwargs)
+    def prepare_inputs_for_generation(
+        self, input_ids, inputs_embeds=None, **kwargs
+    ):  # `generate` looks for these names
+        return self.model.prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
 
     @property
     def _is_stateful(self) -> bool:
@@ -360,10 +371,11 @@ def base_of(base: str, checkpoint: str | Path) -> str:
 
 def _sums(model: torch.nn.Module) -> dict[str, int]:
     """For every floating-point tensor the sum of its bits, which notices whatever training, merging or casting does.
-    Quantized tensors are left out: their layers repack them in place."""
+    Quantized tensors are left out, with the scales that only a state dict shows: their layers repack them in place."""
+    own = {*dict(model.named_parameters(remove_duplicate=False)), *dict(model.named_buffers())}
     sums = {}
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not tensor.is_meta:
+        if name in own and tensor.is_floating_point() and not tensor.is_meta:
             bits = tensor.detach().contiguous().flatten().view(torch.uint8)
             whole = len(bits) - len(bits) % 8
             sums[name] = int(bits[:whole].view(torch.int64).sum()) + int(bits[whole:].sum())

@@ -244,7 +244,10 @@ def updated_config(
     for part in _parts(new):
         _update_role_ids(part, token_ids)
         _update_other_ids(part, token_ids)
-    shifts = _position_shifts(skeleton(model_class, config), skeleton(model_class, new))
+    roomy = copy.deepcopy(new)  # torch builds no position table that the padding id lies beyond
+    if getattr(roomy.get_text_config(), "max_position_embeddings", None) is not None:
+        roomy.get_text_config().max_position_embeddings += getattr(roomy.get_text_config(), "pad_token_id", None) or 0
+    shifts = _position_shifts(skeleton(model_class, config), skeleton(model_class, roomy))
     if shifts:
         text = new.get_text_config()
         text.max_position_embeddings = text.max_position_embeddings + next(iter(shifts.values()))
