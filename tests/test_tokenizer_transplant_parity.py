@@ -509,3 +509,13 @@ def test_errors_about_tables(tokenizers, tables):
         plan_transplant(*tokenizers, tables[0], tables[1][:, :-1], "retok")
     with pytest.raises(TypeError, match="expected a fast tokenizer"):
         plan_transplant(object(), tokenizers[1], tables[0])
+
+
+def test_no_path_is_published(tokenizers, tables, tmp_path):
+    new_token = next(iter(set(tokenizers[1].get_vocab()) - set(tokenizers[0].get_vocab())))
+    base_token = tokenizers[0].convert_ids_to_tokens(300)
+    (tmp_path / "mapping.json").write_text(json.dumps([[new_token, [[base_token, 1.0]]]]))
+    for path in (tmp_path / "mapping.json", str(tmp_path / "mapping.json")):
+        _, report = plan(tokenizers, tables, "mapping", mapping=path)
+        assert report.provenance["options"] == {"mapping": "mapping.json"}
+        assert str(tmp_path) not in json.dumps(report.provenance)

@@ -80,11 +80,12 @@ def _entries(rows: CombinationRows) -> Iterator[tuple[list[int], list[float]]]:
 
 
 def as_json(value: Any) -> Any:
-    """A JSON value that tells what an argument was: itself where it is plain, else the name of its type."""
+    """A JSON value that tells what an argument was: itself where it is plain, else the name of its type. Of a file the
+    name alone: where it lies is nobody's business but its owner's."""
+    if isinstance(value, os.PathLike) or (isinstance(value, str) and os.path.isabs(value)):
+        return Path(value).name
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
     if isinstance(value, (list, tuple)) and len(value) <= 100:
         return [as_json(member) for member in value]
     if isinstance(value, Mapping) and len(value) <= 100:
