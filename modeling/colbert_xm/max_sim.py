@@ -24,7 +24,6 @@ SIMILARITIES = ("cosine", "l2")
 
 # Vectors of documents that are compared at once: on a CPU, they and their similarities stay in the cache.
 _BLOCK_VECTORS = {"cpu": 12_288, "cuda": 262_144}
-_BLOCK_VECTORS_OF_FEW = 2_048  # where few documents are left, fresh memory costs more than calls
 _HUGE_BYTES = 2**22  # from here on, numpy asks for huge pages
 _ALIGNMENT = 64
 _BLOCK_SIMILARITIES = {"cpu": 2**18, "cuda": 2**26}
@@ -33,6 +32,7 @@ _FEW_CANDIDATES = 4  # times top_k: so many exact scores cost less than excludin
 _ROW_STEP = 256  # rows of products are multiples of it: oneDNN compiles a kernel for every shape that it has not met
 
 _BFLOAT16_UNIT_ROUNDOFF = 2.0**-8
+_BFLOAT16_EXPONENT = 0x7F80  # its bits, without sign and fraction
 _OVERFLOW = 2.0**120  # far below where sums of products could become infinite, and their differences NaN
 _FLOAT32_UNIT_ROUNDOFF = 2.0**-24
 
@@ -427,10 +427,11 @@ class _Reranking:
             candidates = self._narrowed(self._approximate_bfloat16(self.prepared._rough), top_k)
         if len(candidates) > many:
             candidates = self._narrowed(self._approximate_float32(candidates), top_k)
-        scores = torch.full((len(self.documents),), -torch.inf, device=self.query.device)
-        scores[candidates] = self._exact(candidates)
+        empty = [position for position, length in enumerate(lengths) if not length] if len(candidates) < top_k else []
+        scores = torch.cat([self._exact(candidates), self.query.new_full((len(empty),), -torch.inf)])
         best = scores.sort(descending=True, stable=True)
-        return Ranking(best.indices[:top_k], best.values[:top_k])
+        positions = torch.tensor(candidates + empty, dtype=torch.int64, device=best.indices.device)
+        return Ranking(positions[best.indices[:top_k]], best.values[:top_k])
 
     def _narrowed(self, approximate: _Approximate, top_k: int) -> list[int]:
         """The documents that may belong to the `top_k` best. `top_k` documents reach `floor`; a document that is
@@ -442,7 +443,7 @@ class _Reranking:
 
     def _exact(self, positions: list[int]) -> Tensor:
         if not positions:
-            return torch.empty(0)
+            return self.query.new_empty(0)
         new, sums_of_first = [position for position in positions if position not in self.known], []
         for position in new:
             # The copy in float64 lies at the start of its own allocation: the same alignment, and so the same order of
@@ -463,13 +464,14 @@ class _Reranking:
         maxima = _block_maxima(query, rough.blocks, torch.int16) if largest < _OVERFLOW else None
         if maxima is None or bool((maxima.view(torch.int16) < 0).any()):
             maxima = _block_maxima(query, rough.blocks, torch.bfloat16)
-        maxima = maxima.float()
-        bounds = _error_bounds(self.query_float64, torch.bfloat16, maxima, rough.norms, rough.errors)
+        bounds = _error_bounds(self.query_float64, torch.bfloat16, rough.norms, rough.errors)
+        powers = (maxima.view(torch.int16) & _BFLOAT16_EXPONENT).view(torch.bfloat16)  # of two, not above the maxima
+        bounds += _BFLOAT16_UNIT_ROUNDOFF * powers.sum(1, dtype=torch.float64)
         return _Approximate(rough.positions, maxima.sum(1, dtype=torch.float64), bounds)
 
     def _approximate_float32(self, candidates: list[int]) -> _Approximate:
-        vectors = _BLOCK_VECTORS_OF_FEW if self.prepared else _block_vectors([self.query])
         order, best, norms = [], [], []
+        vectors = _block_vectors([self.query])
         for positions, block in _blocks(self.documents, vectors, candidates, reused_as=torch.float32):
             if self.prepared is None:
                 norms.append(_largest_norms(block))
@@ -477,7 +479,7 @@ class _Reranking:
             best.append(_similarities(self.query, block, "cosine").amax(1))
             order += positions
         maxima, largest = torch.cat(best), torch.cat(norms) if norms else self.prepared._norms[order]
-        bounds = _error_bounds(self.query_float64, torch.float32, maxima, largest, torch.zeros_like(largest))
+        bounds = _error_bounds(self.query_float64, torch.float32, largest, torch.zeros_like(largest))
         return _Approximate(torch.tensor(order, device=maxima.device), maxima.sum(1, dtype=torch.float64), bounds)
 
 
@@ -494,33 +496,32 @@ def _block_maxima(query: Tensor, blocks: list[Tensor], compared_as: torch.dtype)
     return torch.cat(best).view(query.dtype)
 
 
-def _error_bounds(query: Tensor, dtype: torch.dtype, best: Tensor, norms: Tensor, errors: Tensor) -> Tensor:
-    """How far a score from products of `dtype` can be from the exact score: `(documents,)` float64.
+def _error_bounds(query: Tensor, dtype: torch.dtype, norms: Tensor, errors: Tensor) -> Tensor:
+    """How far a score from products of `dtype` can be from the exact score, `(documents,)` float64, if the products
+    themselves are float32.
 
-    query `(query vectors, dim)` float64; best `(documents, query vectors)`, the computed maxima; norms and errors
-    `(documents,)`: bounds of |d| and of |d - d'| over the document's vectors d, d' being d rounded to `dtype`.
+    query `(query vectors, dim)` float64; norms and errors `(documents,)`: bounds of |d| and of |d - d'| over the
+    document's vectors d, d' being d rounded to `dtype`.
 
     Proof. For a query vector q, rounded to q', and a document vector d, rounded to d':
         <q, d> - <q', d'> = <q - q', d> + <q', d - d'>, which Cauchy-Schwarz bounds by |q - q'| |d| + |q'| |d - d'|.
     <q', d'> is computed in float32, in any order, every product rounded at most once and added: the error is at most
     gamma |q'| |d'|, where gamma = n u / (1 - n u) for n = dim + 1 roundings of u = 2^-24. (dim + 8) 2^-23 is more than
     twice that, enough for kernels whose additions truncate. Where float32 matrix products are allowed to round their
-    factors to bfloat16 or TF32, 2^-6 covers that. The result is at last rounded to `dtype`: by at most 2^-8 of itself
-    for bfloat16. Numbers below 2^-126 may have become 0 anywhere: `underflow`. If all computed similarities of a
-    document are within r of the exact ones, so is their maximum, and the errors of the query vectors add up. The exact
-    score's own rounding to float32, 2^-24 of at most |q| |d| per query vector, and the float64 roundings here are
-    within the slack of gamma.
+    factors to bfloat16 or TF32, 2^-6 covers that. (A product rounded to bfloat16 at last moves by at most 2^-8 of the
+    power of two below the result, which is for the caller to add.) Numbers below 2^-126 may have become 0 anywhere:
+    `underflow`. If all computed similarities of a document are within r of the exact ones, so is their maximum, and the
+    errors of the query vectors add up. The exact score's own rounding to float32, 2^-24 of at most |q| |d| per query
+    vector, and the float64 roundings here are within the slack of gamma.
     """
     dim = query.shape[1]
     rounded = query.to(dtype).double()
     gamma = (dim + 8) * 2 * _FLOAT32_UNIT_ROUNDOFF
     if dtype is torch.float32 and not _float32_products_are_full():
         gamma += 2.0**-6
-    output = _BFLOAT16_UNIT_ROUNDOFF if dtype is torch.bfloat16 else 0.0
     underflow = 2.0**-126 * query.numel() * (1 + norms)
     lost, kept = _norms(query - rounded).sum(), _norms(rounded).sum()
-    rounded_output = output * best.abs().sum(1, dtype=torch.float64)
-    return lost * norms + kept * errors + gamma * kept * (norms + errors) + rounded_output + underflow
+    return lost * norms + kept * errors + gamma * kept * (norms + errors) + underflow
 
 
 def _norms(vectors: Tensor) -> Tensor:
