@@ -346,8 +346,9 @@ def _check_explicit(config, batch: int, table: Tensor | None, permutations: Tens
 
 
 def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    weights = query @ key.transpose(2, 3) * scaling + attention_mask
-    weights = functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    # In float32, as fused kernels do: of a bias of hundreds, 16 bits leave no room for the products.
+    weights = (query @ key.transpose(2, 3)).float() * scaling + attention_mask
+    weights = functional.softmax(weights, dim=-1).to(query.dtype)
     weights = functional.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2), weights
 
@@ -783,7 +784,7 @@ class LexinvariantForCausalLM(LexinvariantPreTrainedModel, GenerationMixin):
             past_key_values = DynamicCache(config=self.config)
         tables = (embedding_table, permutations, lex_seeds, num_tables)
         # Before the cache has taken in the new tokens.
-        length = (inputs_embeds if input_ids is None else input_ids).shape[1]
+        length = input_ids.shape[-1] if inputs_embeds is None else inputs_embeds.shape[1]
         real = real_tokens(attention_mask, length, past_key_values)
         embedding = self.model.embed_tokens
         if inputs_embeds is None:
