@@ -45,7 +45,7 @@ class _Keeping:
         self.history = {name: function(tensor) for name, tensor in self.history.items()}
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        super().reorder_cache(beam_idx)
         self._select(beam_idx)
 
     def _select(self, indices: Tensor) -> None:
@@ -118,7 +118,7 @@ def history_layer(cache: Cache) -> HistoryLayer | StaticHistoryLayer:
     if not cache.layers:
         cache.layers.append(HistoryLayer())
     layer = cache.layers[0]
-    if not isinstance(layer, _Keeping):
+    if not isinstance(layer, HistoryLayer | StaticHistoryLayer):
         if type(layer) not in (DynamicLayer, StaticLayer):
             raise ValueError(
                 "the symbols met so far are kept in a DynamicCache or a StaticCache; found one with "
