@@ -202,6 +202,17 @@ def test_greedy_texts_and_beams_take_unseen_symbols_by_seed(beams):
     assert sum(unseen) / len(unseen) > 100, "low numbers are preferred"
 
 
+@torch.no_grad()
+def test_without_seeds_the_order_of_unseen_symbols_is_that_of_eval_seed():
+    model, ids = build("collapsed", vocab_size=500), torch.tensor([[0, 1]])
+    model.model.norm.weight.mul_(3)
+    for seed in (0, 9):
+        model.config.eval_seed = seed
+        found = model.generate(ids, max_new_tokens=1)
+        assert torch.equal(found, model.generate(ids, lex_seeds=torch.tensor([seed]), max_new_tokens=1))
+        assert found[0, 2] > 2, "the lowest number of those that score the same"
+
+
 def test_ties_are_broken_downwards_by_small_steps():
     scores = torch.tensor([[1.0, 3.0, 1.0, 1.0, 0.5, -torch.inf, -torch.inf], [2.0, 1.0, 0.0, -1.0, 5.0, 6.0, 7.0]])
     broken = BreakTies(torch.tensor([1, 2]), 3)(torch.zeros(2, 1), scores)
