@@ -1,0 +1,122 @@
+"""What holds of lexinvariant models in law, at the ends of semi-lexinvariance, and whatever the vocabulary's size."""
+
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rarezoo.lexinvariant.symbol_rows import random_rows
+
+from .cases import CASES
+
+CASE = CASES["lexinvariant"]
+
+
+def build(**fields):
+    return CASE.build("AutoModelForCausalLM", **fields)
+
+
+def text(length: int = 24, symbols: int = 12) -> torch.Tensor:
+    return torch.randint(symbols, (1, length), generator=torch.Generator().manual_seed(3))
+
+
+def correlation(first: torch.Tensor, second: torch.Tensor) -> float:
+    return float(torch.corrcoef(torch.stack([first.flatten(), second.flatten()]))[0, 1])
+
+
+@pytest.mark.parametrize("seed", [0, -5, 2**62])
+def test_rows_are_independent_normal_numbers(seed):
+    """Bounds of four standard errors, of 640,000 numbers."""
+    rows = random_rows(torch.tensor(seed), torch.arange(10_000), 64).double()
+    count = rows.numel()
+    assert abs(rows.mean()) < 4 / count**0.5
+    assert abs(rows.var() - 1) < 4 * (2 / count) ** 0.5
+    assert abs((rows**4).mean() / rows.var() ** 2 - 3) < 4 * (24 / count) ** 0.5
+    assert abs(correlation(rows[1:], rows[:-1])) < 4 / count**0.5, "of neighbouring symbols"
+    assert abs(correlation(rows[:, 1:], rows[:, :-1])) < 4 / count**0.5, "of neighbouring numbers of a row"
+    for other in (
+        random_rows(torch.tensor(seed + 1), torch.arange(10_000), 64),
+        random_rows(torch.tensor(seed), torch.arange(10_000), 64, tables=1),
+    ):
+        assert abs(correlation(rows, other.double())) < 4 / count**0.5
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(),
+        dict(unseen_logits="collapsed"),
+        dict(table="permuted"),
+        dict(table="orthonormal", unseen_logits="collapsed"),
+    ],
+    ids=["gaussian", "collapsed", "permuted", "orthonormal"],
+)
+@torch.no_grad()
+def test_names_of_symbols_mean_nothing_on_average(fields):
+    """200 seeds for a text and 200 others for the same with other names: mean losses within three standard errors."""
+    model, ids = build(**fields), text()
+    renamed = torch.randperm(160, generator=torch.Generator().manual_seed(4))[ids]
+    losses = [
+        model.token_losses(found.expand(200, -1), lex_seeds=torch.arange(first, first + 200))[0].mean(1)
+        for found, first in ((ids, 0), (renamed, 1000))
+    ]
+    error = math.sqrt(sum(float(values.var()) / 200 for values in losses))
+    assert abs(float(losses[0].mean() - losses[1].mean())) < 3 * error
+    assert losses[0].std() > 1e-4, "seeds matter"
+
+
+@torch.no_grad()
+def test_a_standard_model_knows_names():
+    """The same comparison can fail: of learned rows, the two losses differ by far more than seeds explain."""
+    model, ids = build(table="learned"), text()
+    renamed = torch.randperm(160, generator=torch.Generator().manual_seed(4))[ids]
+    assert abs(float(model.token_losses(ids)[0].mean() - model.token_losses(renamed)[0].mean())) > 0.05
+
+
+@torch.no_grad()
+def test_the_ends_of_semi_lexinvariance():
+    inputs = CASE.batch("AutoModelForCausalLM")
+    standard = build(table="learned")
+    for table in ("mixed", "subset_permuted"):
+        model = build(table=table, randomize_prob=0.0)
+        model.load_state_dict(standard.state_dict())
+        assert torch.equal(model(**inputs).logits, standard(**inputs).logits)
+    ends = build(table="subset_permuted", randomize_prob=1.0), build(table="permuted", learned_table=True)
+    for model in ends:
+        model.load_state_dict(standard.state_dict())
+    assert torch.equal(*(model(**inputs).logits for model in ends))
+    assert not torch.equal(ends[0](**inputs).logits, standard(**inputs).logits)
+    random = build(table="mixed", randomize_prob=1.0)
+    random.load_state_dict(standard.state_dict())
+    gaussian = build()
+    gaussian.load_state_dict(
+        {name: tensor for name, tensor in standard.state_dict().items() if "tokens.weight" not in name}
+    )
+    assert torch.equal(random(**inputs).logits, gaussian(**inputs).logits)
+
+
+class _Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation gives."""
+
+    found = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.found = max(self.found, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_nothing_grows_with_the_vocabulary(train):
+    largest = []
+    for vocab_size in (128, 1_000_000):
+        model = build(unseen_logits="collapsed", vocab_size=vocab_size).train(train)
+        with _Largest() as mode, torch.set_grad_enabled(train):
+            loss = model(text(), labels=text(), skip_logits=True).loss
+            if train:
+                loss.backward()
+        largest.append(mode.found)
+    assert largest[0] == largest[1] < 10_000
