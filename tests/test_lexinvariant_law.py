@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rarezoo.lexinvariant.symbol_rows import random_rows
+from rarezoo.lexinvariant.symbol_rows import random_permutations, random_rows
 
 from .cases import CASES
 
@@ -72,6 +72,21 @@ def test_a_standard_model_knows_names():
     model, ids = build(table="learned"), text()
     renamed = torch.randperm(160, generator=torch.Generator().manual_seed(4))[ids]
     assert abs(float(model.token_losses(ids)[0].mean() - model.token_losses(renamed)[0].mean())) > 0.05
+
+
+def test_chosen_symbols_change_places_among_themselves():
+    """Bijections that leave the others alone, and send a chosen symbol to every chosen one equally often."""
+    seeds, size = torch.arange(2000), 12
+    selected = torch.zeros(2000, size, dtype=torch.bool)
+    selected[:, [1, 4, 5, 9]] = True
+    found = random_permutations(seeds, size, selected)
+    identity = torch.arange(size).expand(2000, -1)
+    assert torch.equal(found.sort(dim=1).values, identity)
+    assert torch.equal(found[~selected], identity[~selected])
+    for symbol in (1, 4, 5, 9):
+        counts = torch.bincount(found[:, symbol], minlength=size)
+        expected = torch.zeros(size).index_fill(0, torch.tensor([1, 4, 5, 9]), 500.0)
+        assert ((counts - expected).abs() < 4 * (2000 * 0.25 * 0.75) ** 0.5 * (expected > 0) + 0.5).all()
 
 
 @torch.no_grad()
