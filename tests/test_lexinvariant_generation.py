@@ -213,6 +213,20 @@ def test_without_seeds_the_order_of_unseen_symbols_is_that_of_eval_seed():
         assert found[0, 2] > 2, "the lowest number of those that score the same"
 
 
+@pytest.mark.parametrize("options", [dict(top_p=0.3), dict(typical_p=0.3)], ids=str)
+@torch.no_grad()
+def test_sampling_from_a_part_of_the_symbols_has_no_favourites(options):
+    """80 texts of one batch; of 498 unseen symbols, the lowest third would be all that is kept without seeds."""
+    model = build("collapsed", vocab_size=500)
+    model.model.norm.weight.mul_(3)
+    torch.manual_seed(0)
+    ids, seeds = torch.tensor([[0, 1]]).expand(80, -1), torch.arange(80)
+    chosen = model.generate(ids, lex_seeds=seeds, max_new_tokens=1, do_sample=True, top_k=0, **options)[:, 2]
+    unseen = chosen[chosen > 1].double()
+    assert len(unseen) > 40
+    assert abs(float(unseen.mean()) - 251) < 4 * 144 / len(unseen) ** 0.5
+
+
 def test_ties_are_broken_downwards_by_small_steps():
     scores = torch.tensor([[1.0, 3.0, 1.0, 1.0, 0.5, -torch.inf, -torch.inf], [2.0, 1.0, 0.0, -1.0, 5.0, 6.0, 7.0]])
     broken = BreakTies(torch.tensor([1, 2]), 3)(torch.zeros(2, 1), scores)

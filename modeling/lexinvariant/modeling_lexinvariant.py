@@ -411,8 +411,8 @@ class LexinvariantAttention(nn.Module):
             query,
             key,
             value,
-            # Half of the smallest number: what kernels add to it must not overflow in float16.
-            bias.to(query.dtype).masked_fill(attention.forbidden, torch.finfo(query.dtype).min / 2),
+            # Not a sum, which overflows in float16.
+            bias.to(query.dtype).masked_fill(attention.forbidden, torch.finfo(query.dtype).min),
             scaling=scaling,
             dropout=self.config.attention_dropout if self.training else 0.0,
             **kwargs,
