@@ -311,6 +311,9 @@ def test_the_dense_read_out_of_few_symbols(kind):
         found = model(ids, labels=ids, symbol_table=stored, **options)
         torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-5)
         torch.testing.assert_close(found.loss, expected.loss, rtol=0, atol=1e-5)
+        for keep in (1, 4):
+            kept = model(ids, logits_to_keep=keep, symbol_table=stored, **options).logits
+            torch.testing.assert_close(kept, expected.logits[:, -keep:], rtol=0, atol=1e-5)
     assert model._seen_of_all(Symbols(stored, None, met=ids), None).sum() < ids.numel(), "some symbols repeat"
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rarezoo.lexinvariant.modeling_lexinvariant import resolve_symbols
 from rarezoo.lexinvariant.symbol_rows import random_permutations, random_rows
 
 from .cases import CASES
@@ -135,3 +136,37 @@ def test_nothing_grows_with_the_vocabulary(train):
                 loss.backward()
         largest.append(mode.found)
     assert largest[0] == largest[1] < 10_000
+
+
+@pytest.mark.parametrize("vocab_size", [24, 160], ids=["drawn as a whole", "as they occur"])
+@pytest.mark.parametrize("std", [1.0, 0.7])
+@torch.no_grad()
+def test_unseen_logits_of_orthogonal_rows(vocab_size, std):
+    """Half the variance of a product with a random row at right angles to all that were seen, which is
+    std^2 |P h|^2 / (dim - n) with the projection P off their span, here by least squares."""
+    model = build(table="orthonormal", unseen_logits="collapsed", vocab_size=vocab_size, embedding_std=std)
+    ids, dim = text(), model.config.hidden_size
+    symbols = resolve_symbols(model.model.embed_tokens, ids)
+    hidden = model.model(ids, symbols=symbols).last_hidden_state[0, -1].double()
+    rows = symbols.rows[0].double()
+    order = ids[0].unique()
+    seen = torch.stack([rows[ids[0] == symbol][0] for symbol in order])
+    products = seen @ seen.T
+    torch.testing.assert_close(products, dim * std**2 * torch.eye(len(seen)).double(), atol=1e-4, rtol=0)
+    inside = seen.T @ torch.linalg.lstsq(seen.T, hidden[:, None]).solution
+    outside = (hidden[:, None] - inside).square().sum()
+    expected = std**2 * outside / (dim - len(seen)) / 2
+    logits = model(ids).logits[0, -1].double()
+    unseen = torch.ones(vocab_size, dtype=torch.bool).index_fill(0, order, False)
+    torch.testing.assert_close(logits[unseen], expected.expand(int(unseen.sum())), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits[order], seen @ hidden / dim**0.5, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_unseen_logits_of_normal_rows():
+    model, ids = build(unseen_logits="collapsed", embedding_std=0.7), text()
+    hidden = model.model(ids).last_hidden_state[0, -1].double()
+    unseen = torch.ones(160, dtype=torch.bool).index_fill(0, ids[0].unique(), False)
+    expected = 0.7**2 * hidden.square().sum() / 32 / 2
+    logits = model(ids).logits[0, -1].double()
+    torch.testing.assert_close(logits[unseen], expected.expand(int(unseen.sum())), atol=1e-5, rtol=1e-5)

@@ -177,7 +177,9 @@ def resolve_symbols(
     exempt_rows, rows = table.rows(torch.cat([exempt_ids, repeated], dim=1)).tensor_split([exempt], dim=1)
     if by_occurrence:
         past_rows = None if layer is None or "rows" not in layer.history else layer.history["rows"].flatten(0, 1)
-        rows = _orthogonalized(rows, past_rows, met[:, exempt:], first[:, exempt:] - exempt, slots - exempt)
+        rows = _orthogonalized(
+            rows, past_rows, met[:, exempt:], first[:, exempt:] - exempt, slots - exempt, config.embedding_std
+        )
     met_rows = rows
     if layer is not None:
         met_rows = layer.append("rows", rows.unflatten(0, (batch, num_tables))).flatten(0, 1)
@@ -250,7 +252,9 @@ def resolve_table(
 
 
 @torch.no_grad()
-def _orthogonalized(rows: Tensor, past_rows: Tensor | None, met: Tensor, first: Tensor, places: Tensor) -> Tensor:
+def _orthogonalized(
+    rows: Tensor, past_rows: Tensor | None, met: Tensor, first: Tensor, places: Tensor, std: float
+) -> Tensor:
     """Gram-Schmidt over the different symbols in the order in which they occur; after hidden_size of them, rows stay as
     they are.
 
@@ -259,6 +263,7 @@ def _orthogonalized(rows: Tensor, past_rows: Tensor | None, met: Tensor, first: 
         past_rows: (sequences, past or total, dim), of the tokens before them, orthogonal; zeros behind those.
         met, first: (batch, total), without exempt symbols, whose slots are negative in `first`.
         places: (length,), of the new tokens.
+        std: of the numbers in a row; orthogonal ones have the length std * sqrt(dim).
 
     Returns:
         (sequences, length, dim)
@@ -281,8 +286,8 @@ def _orthogonalized(rows: Tensor, past_rows: Tensor | None, met: Tensor, first: 
         before = torch.arange(past, device=rows.device) < places[0]
         basis = past_rows * (new[:, :past] & (rank[:, :past] < dim) & before)[..., None]
         for _ in range(2):  # what rounding left of the first projection
-            fresh = fresh - (fresh @ basis.transpose(1, 2)) @ basis / dim
-    fresh = orthonormal_rows(fresh)
+            fresh = fresh - (fresh @ basis.transpose(1, 2)) @ basis / (dim * std**2)
+    fresh = orthonormal_rows(fresh) * std
     rows = torch.where(chosen[..., None], fresh.gather(1, slot.clamp(max=slots - 1)[..., None].expand_as(rows)), rows)
     if past_rows is None:
         known = rows
