@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,8 @@ from rarezoo.cli.output import print_json
 # The names of `rarezoo.quantization.SCHEMES`, which takes torch to import; a test compares them.
 _SCHEMES = ("nf4", "nf4-double", "fp4", "fp4-double", "int8", "bf16", "int8-torchao", "int8-torchao-dynamic")
 
+_MOST_TEXTS = 256
+
 
 def quantize(
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Checkpoint folder.")],
@@ -25,12 +28,17 @@ def quantize(
     evaluation: Annotated[
         Path | None, typer.Option(metavar="BEIR", help="BEIR folder: adds nDCG@10 before and after to the report.")
     ] = None,
+    texts: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help=f"Corpus on whose first {_MOST_TEXTS} texts outputs are compared."),
+    ] = None,
     fidelity: Annotated[bool, typer.Option(help="Compare with full precision.")] = True,
     json: JsonOption = False,
 ) -> None:
     """Write a smaller copy of a checkpoint.
 
-    The copy carries a report on what changed: outputs, file size, memory and speed, and nDCG@10 with --evaluation.
+    The copy carries a report on what changed: outputs (vectors of a retriever, next-token distributions of a language
+    model), file size, memory and speed, and nDCG@10 with --evaluation.
     """
     if not source.exists():
         raise FileNotFoundError(f"no folder {source}: expected a checkpoint folder")
@@ -56,8 +64,15 @@ def quantize(
             {document.id: document.text for document in read_corpus(evaluation)},
             read_qrels(evaluation),
         )
+    sample_texts = None if texts is None else [row.text for row in itertools.islice(read_corpus(texts), _MOST_TEXTS)]
     report = write_quantized(
-        source, output, scheme=scheme, compute_dtype=compute_dtype, evaluation=evaluation_set, fidelity=fidelity
+        source,
+        output,
+        scheme=scheme,
+        compute_dtype=compute_dtype,
+        evaluation=evaluation_set,
+        sample_texts=sample_texts,
+        fidelity=fidelity,
     )
     if json:
         print_json(report)

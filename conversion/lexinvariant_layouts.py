@@ -191,7 +191,13 @@ def _flax_file(folder: Path) -> Path:
 
 def _open_flax(file: Path, options: Mapping[str, Any]) -> Source:
     if file.suffix not in (".npz", ".safetensors"):
-        raise ConversionError(f"{file}: expected a .npz or .safetensors file with a flattened tree of parameters")
+        raise ConversionError(
+            f"{file}: expected a .npz or .safetensors file with a flattened tree of parameters. Where flax is "
+            "installed, make one of a checkpoint in its own format (msgpack): "
+            f"tree = flax.serialization.msgpack_restore(open({str(file)!r}, 'rb').read()); "
+            "numpy.savez('tree.npz', **flax.traverse_util.flatten_dict(tree['optimizer']['target'], sep='/')), "
+            "or whatever branch of the tree holds the parameters"
+        )
     reader = NumpyTensors(file) if file.suffix == ".npz" else CheckpointReader(file)
     weights = RenamedTensors(file, [(reader, flax_name)])
     stated = read_json(file.parent / FLAX_CONFIG) if (file.parent / FLAX_CONFIG).exists() else {}

@@ -16,6 +16,17 @@ from typing import Any
 from rarezoo.auto import FAMILIES, Family, family_of
 
 _LISTED_NAMES = 6
+# The files of a tokenizer, whichever library made it.
+TOKENIZER_FILES = (
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "tokenization_*.py",
+)
 _PROCESSOR_FILES = ("processor_config.json", "tokenizer_config.json", "tokenizer.json")
 
 
@@ -136,6 +147,26 @@ def load_processor(source: str | os.PathLike[str]) -> Any:
     except Exception as error:  # the tokenizers library raises bare exceptions
         raise ValueError(
             f"{source}: {', '.join(_PROCESSOR_FILES)} make no processor ({type(error).__name__}: {error})"
+        ) from error
+
+
+def load_tokenizer(folder: str | os.PathLike[str]) -> Any | None:
+    """The tokenizer of a checkpoint folder; None where it has none.
+
+    Raises:
+        ValueError: its files make no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    if not any(file for pattern in TOKENIZER_FILES for file in Path(folder).glob(pattern)):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ImportError):
+        raise
+    except Exception as error:  # the tokenizers library raises bare exceptions
+        raise ValueError(
+            f"{folder}: the tokenizer's files make no tokenizer ({type(error).__name__}: {error})"
         ) from error
 
 

@@ -1,4 +1,6 @@
-"""What quantization changed: outputs, retrieval quality, file size, memory and speed against full precision."""
+"""What quantization changed: outputs, retrieval quality, file size, memory and speed against full precision.
+
+Retrievers are compared by their vectors, language models by their distributions of the next token."""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,8 @@ from scipy.sparse import csr_matrix
 from tqdm.auto import tqdm
 
 from rarezoo.auto import FAMILIES
-from rarezoo.quantization.checkpoint_loading import load_model, load_processor
+from rarezoo.quantization.checkpoint_loading import load_config, load_model, load_processor, load_tokenizer
+from rarezoo.quantization.next_token_fidelity import compare_next_tokens, random_tokens, tokenized
 
 REPORT_JSON = "quantization_report.json"
 REPORT_MARKDOWN = "quantization_report.md"
@@ -32,6 +35,7 @@ TOP_DOCUMENTS = 10
 QUERY_TEXTS = 8
 LATENCY_TEXTS = 8
 LATENCY_ROUNDS = 7
+NO_RANKING = "a language model ranks no documents: leave the evaluation set out, or give texts to predict"
 
 
 @dataclass(frozen=True)
@@ -228,24 +232,24 @@ def _ndcg(run: Mapping[str, Mapping[str, float]], evaluation: EvaluationSet) -> 
     return math.fsum(values) / len(judged)
 
 
-def measure_latency(models: Mapping[str, Any], processor: Any, texts: list[str]) -> dict[str, Any]:
-    """Median milliseconds of `encode_documents` on one batch, one thread, the models taking turns.
+def measure_latency(models: Mapping[str, Any], call: Callable[[Any], object]) -> dict[str, float]:
+    """Median milliseconds of `call(model)`, one thread, the models taking turns, and how many times as fast the
+    quantized one is.
 
     On a CPU it is processor time, which other programs of the machine disturb less than time on the wall.
     """
-    batch = texts[:LATENCY_TEXTS]
     times: dict[str, list[float]] = {name: [] for name in models}
     with _one_thread():
         for model in models.values():
-            model.encode_documents(batch, processor=processor)
+            call(model)
         for _ in range(LATENCY_ROUNDS):
             for name, model in models.items():
                 clock = time.process_time if model.device.type == "cpu" else time.perf_counter
                 start = clock()
-                model.encode_documents(batch, processor=processor)
+                call(model)
                 times[name].append((clock() - start) * 1000)
     medians = {name: statistics.median(values) for name, values in times.items()}
-    return {**medians, "speedup": medians["full_precision"] / medians["quantized"], "batch_size": len(batch)}
+    return {**medians, "speedup": medians["full_precision"] / medians["quantized"]}
 
 
 @contextmanager
@@ -263,29 +267,39 @@ import gc, importlib.util, json, sys, warnings
 warnings.filterwarnings("ignore")
 import psutil, torch, transformers
 import rarezoo
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoProcessor
 for library in ("bitsandbytes", "torchao"):  # their code is not the model's memory
     if importlib.util.find_spec(library):
         importlib.import_module(library)
-folder, texts = sys.argv[1], json.loads(sys.stdin.read())
+folder, auto_class, item = sys.argv[1], sys.argv[2], json.loads(sys.stdin.read())
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
-processor = AutoProcessor.from_pretrained(folder)
-rarezoo.FAMILIES[transformers.AutoConfig.from_pretrained(folder).model_type].model_class()
+processor = AutoProcessor.from_pretrained(folder) if isinstance(item, str) else None
+rarezoo.FAMILIES[transformers.AutoConfig.from_pretrained(folder).model_type].model_class(auto_class)
 gc.collect()
 before = psutil.Process().memory_info().rss
-model = AutoModel.from_pretrained(folder).eval()
-model.encode_documents(texts[:1], processor=processor)
+model = getattr(transformers, auto_class).from_pretrained(folder).eval()
+if processor is not None:
+    model.encode_documents([item], processor=processor)
+else:
+    with torch.no_grad():
+        model(torch.tensor([item], device=model.device))
 gc.collect()
 print("resident", psutil.Process().memory_info().rss - before)
 """
 
 
-def measure_memory(folders: Mapping[str, Path], texts: list[str]) -> dict[str, Any]:
-    """Growth of resident memory, in bytes, by loading a checkpoint and encoding one text, each in a new process."""
+def measure_memory(folders: Mapping[str, Path], auto_class: str, item: str | list[int]) -> dict[str, Any]:
+    """Growth of resident memory, in bytes, by loading a checkpoint and one call, each in a new process.
+
+    Args:
+        folders: {"full_precision": folder, "quantized": folder}.
+        auto_class: the AutoClass that opens them.
+        item: the text that a retriever encodes, or the tokens that a language model reads.
+    """
     children = {
         name: subprocess.Popen(
-            [sys.executable, "-c", _MEMORY_PROGRAM, str(folder)],
+            [sys.executable, "-c", _MEMORY_PROGRAM, str(folder), auto_class],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -295,7 +309,7 @@ def measure_memory(folders: Mapping[str, Path], texts: list[str]) -> dict[str, A
     }
     sizes = {}
     for name, child in children.items():
-        output, errors = child.communicate(json.dumps(texts))
+        output, errors = child.communicate(json.dumps(item))
         found = [line.split()[1] for line in output.splitlines() if line.startswith("resident ")]
         if child.returncode or not found:
             raise RuntimeError(f"measuring the memory of the {name} model failed:\n{errors[-2000:]}")
@@ -313,35 +327,89 @@ def measure_fidelity(
     texts: list[str] | None = None,
     evaluation: EvaluationSet | None = None,
 ) -> dict[str, Any]:
-    """Compare two checkpoint folders of one sparse retriever.
+    """Compare two checkpoint folders of one model.
 
     Args:
         folders: {"full_precision": folder, "quantized": folder}.
-        texts: texts to encode; defaults to the evaluation set's documents, or to `sample_documentation()`.
-        evaluation: adds nDCG@10 of both.
+        texts: texts to encode, or to predict; defaults to the evaluation set's documents, or to
+            `sample_documentation()`. A language model without a tokenizer is compared on random symbols.
+        evaluation: adds nDCG@10 of both retrievers.
 
     Returns:
-        Sections `outputs`, `retrieval` (None without an evaluation set), `file_bytes`, `resident_bytes`,
-        `encode_milliseconds`.
+        Sections `outputs`, `retrieval` (None without an evaluation set), `file_bytes`, `resident_bytes`, and
+        `encode_milliseconds` of a retriever or `forward_milliseconds` of a language model.
+
+    Raises:
+        ValueError: the quantized model's outputs are not finite; an evaluation set for a language model, or texts for
+            one without a tokenizer.
     """
-    if not texts:
-        texts = list(evaluation.documents.values())[:256] if evaluation else sample_documentation()
-    processor = load_processor(folders["quantized"])
-    models = {name: load_model(folder) for name, folder in folders.items()}
+    family, _ = load_config(folders["quantized"])
+    measures = _language_model_measures if family.representation == "text" else _retriever_measures
+    files = {name: weight_file_bytes(folder) for name, folder in folders.items()}
+    steps: dict[str, Callable[[], Any]] = {
+        **measures(folders, texts, evaluation),
+        "file_bytes": lambda: {**files, "ratio": files["quantized"] / files["full_precision"]},
+    }
+    return {name: measure() for name, measure in tqdm(steps.items(), desc="Comparing with full precision", unit="step")}
+
+
+def _load_models(folders: Mapping[str, Path], auto_class: str) -> dict[str, Any]:
+    models = {name: load_model(folder, auto_class) for name, folder in folders.items()}
     # bitsandbytes loads onto a GPU by itself where there is one.
     models["full_precision"].to(models["quantized"].device)
-    report: dict[str, Any] = {}
-    files = {name: weight_file_bytes(folder) for name, folder in folders.items()}
-    steps = {
-        "outputs": lambda: _compare_outputs(models, processor, texts),
+    return models
+
+
+def _retriever_measures(
+    folders: Mapping[str, Path], texts: list[str] | None, evaluation: EvaluationSet | None
+) -> dict[str, Callable[[], Any]]:
+    compared = texts or (list(evaluation.documents.values())[:256] if evaluation else sample_documentation())
+    processor = load_processor(folders["quantized"])
+    models = _load_models(folders, "AutoModel")
+    batch = compared[:LATENCY_TEXTS]
+
+    def latency() -> dict[str, Any]:
+        times = measure_latency(models, lambda model: model.encode_documents(batch, processor=processor))
+        return {**times, "batch_size": len(batch)}
+
+    return {
+        "outputs": lambda: _compare_outputs(models, processor, compared),
         "retrieval": lambda: _compare_retrieval(models, processor, evaluation) if evaluation else None,
-        "file_bytes": lambda: {**files, "ratio": files["quantized"] / files["full_precision"]},
-        "encode_milliseconds": lambda: measure_latency(models, processor, texts),
-        "resident_bytes": lambda: measure_memory(folders, texts),
+        "encode_milliseconds": latency,
+        "resident_bytes": lambda: measure_memory(folders, "AutoModel", compared[0]),
     }
-    for name, measure in tqdm(steps.items(), desc="Comparing with full precision", unit="step"):
-        report[name] = measure()
-    return report
+
+
+def _language_model_measures(
+    folders: Mapping[str, Path], texts: list[str] | None, evaluation: EvaluationSet | None
+) -> dict[str, Callable[[], Any]]:
+    if evaluation is not None:
+        raise ValueError(NO_RANKING)
+    tokenizer = load_tokenizer(folders["quantized"])
+    if texts and tokenizer is None:
+        raise ValueError(
+            f"{folders['full_precision']} has no tokenizer for the texts: save one into it, or leave them out and "
+            "compare on random symbols"
+        )
+    models = _load_models(folders, "AutoModelForCausalLM")
+    vocab_size = models["quantized"].config.vocab_size
+    if tokenizer is None:
+        rows, origin = random_tokens(vocab_size), "random symbols"
+    else:
+        origin = "given texts" if texts else "documentation of Python's built-ins"
+        rows = tokenized(tokenizer, texts or sample_documentation(), vocab_size)
+    longest = max(rows, key=len)
+
+    @torch.no_grad()
+    def forward(model: Any) -> None:
+        model(longest[None].to(model.device))
+
+    return {
+        "outputs": lambda: {"on": origin, **compare_next_tokens(models["full_precision"], models["quantized"], rows)},
+        "retrieval": lambda: None,
+        "forward_milliseconds": lambda: {**measure_latency(models, forward), "tokens": len(longest)},
+        "resident_bytes": lambda: measure_memory(folders, "AutoModelForCausalLM", longest.tolist()),
+    }
 
 
 def render_markdown(report: Mapping[str, Any]) -> str:
@@ -355,13 +423,18 @@ def render_markdown(report: Mapping[str, Any]) -> str:
     lines.append("")
     if "outputs" not in report:
         return "\n".join(lines)
-    files, memory, times = report["file_bytes"], report["resident_bytes"], report["encode_milliseconds"]
     outputs = report["outputs"]
     rows = [
-        ("weight files, MB", files, 1e6, ".1f"),
-        ("resident memory, MB", memory, 1e6, ".1f"),
-        (f"encoding {times['batch_size']} texts, one thread, ms", times, 1, ".1f"),
+        ("weight files, MB", report["file_bytes"], 1e6, ".1f"),
+        ("resident memory, MB", report["resident_bytes"], 1e6, ".1f"),
     ]
+    if "perplexity" in outputs:
+        times = report["forward_milliseconds"]
+        rows.append((f"reading {times['tokens']} tokens, one thread, ms", times, 1, ".1f"))
+        rows.append(("perplexity", outputs["perplexity"], 1, ".3f"))
+    else:
+        times = report["encode_milliseconds"]
+        rows.append((f"encoding {times['batch_size']} texts, one thread, ms", times, 1, ".1f"))
     if "active_dimensions" in outputs:
         rows.append(("active dimensions per text", outputs["active_dimensions"], 1, ".1f"))
     if report.get("retrieval"):
@@ -370,17 +443,28 @@ def render_markdown(report: Mapping[str, Any]) -> str:
     for title, values, unit, form in rows:
         cells = [format(values[name] / unit, form) for name in ("full_precision", "quantized")]
         lines.append(f"| {title} | {cells[0]} | {cells[1]} |")
-    lines += [
-        "",
+    lines += ["", _outputs_in_words(outputs)]
+    if report.get("retrieval"):
+        shared = report["retrieval"][f"top_{TOP_DOCUMENTS}_document_overlap"]
+        lines.append(f"Of the first {TOP_DOCUMENTS} documents of a query, {shared:.1%} are the same.")
+    return "\n".join([*lines, ""])
+
+
+def _outputs_in_words(outputs: Mapping[str, Any]) -> str:
+    if "perplexity" in outputs:
+        divergence = outputs["divergence_nats"]
+        return (
+            f"On {outputs['tokens']} tokens of {outputs['texts']} texts ({outputs['on']}): perplexity "
+            f"{outputs['perplexity']['change']:+.2%}; Kullback-Leibler divergence from full precision "
+            f"{divergence['mean']:.5f} nats on average and {divergence['maximum']:.4f} at most; the likeliest next "
+            f"token is the same at {outputs['top_1_agreement']:.1%} of the positions."
+        )
+    return (
         f"On {outputs['texts']} texts: cosine {outputs['cosine_mean']:.4f} on average and "
         f"{outputs['cosine_minimum']:.4f} at least, relative error {outputs['relative_error']:.4f}, "
         + (
             f"{outputs[f'top_{TOP_TERMS}_term_overlap']:.1%} of the {TOP_TERMS} heaviest terms shared."
             if "active_dimensions" in outputs
             else f"rank correlation of MaxSim scores {outputs['score_rank_correlation']:.4f}."
-        ),
-    ]
-    if report.get("retrieval"):
-        shared = report["retrieval"][f"top_{TOP_DOCUMENTS}_document_overlap"]
-        lines.append(f"Of the first {TOP_DOCUMENTS} documents of a query, {shared:.1%} are the same.")
-    return "\n".join([*lines, ""])
+        )
+    )

@@ -16,8 +16,15 @@ import torch
 from torch import nn
 
 from rarezoo.auto import FAMILIES, Family
-from rarezoo.quantization.checkpoint_loading import load_config, load_model, load_processor, read_object
+from rarezoo.quantization.checkpoint_loading import (
+    TOKENIZER_FILES,
+    load_config,
+    load_model,
+    load_processor,
+    read_object,
+)
 from rarezoo.quantization.fidelity import (
+    NO_RANKING,
     REPORT_JSON,
     REPORT_MARKDOWN,
     EvaluationSet,
@@ -50,8 +57,9 @@ def quantize(
 ) -> dict[str, Any]:
     """Write a quantized copy of a checkpoint, and what it changed.
 
-    The output loads with plain `AutoModel.from_pretrained` (with `trust_remote_code=True` where rarezoo is not
-    installed); it carries the model's code, the processor, `quantization_report.json` and `quantization_report.md`.
+    The output loads with plain `from_pretrained` of the AutoClass (with `trust_remote_code=True` where rarezoo is not
+    installed); it carries the model's code, the processor or tokenizer, `quantization_report.json` and
+    `quantization_report.md`.
     Embeddings, and the modules that the family's row names (its heads), are not quantized: they are stored in
     `compute_dtype`. Layers whose shape 4-bit kernels cannot take are left alone as well, and named in the report.
 
@@ -61,9 +69,9 @@ def quantize(
         scheme: a name in `SCHEMES`.
         compute_dtype: "float32" or "bfloat16": dtype of the computation and of all that is not quantized. None takes
             the checkpoint's own (bfloat16 for the scheme "bf16").
-        evaluation: adds nDCG@10 before and after to the report.
+        evaluation: adds nDCG@10 before and after to the report; of retrievers only.
         sample_texts: texts on which outputs are compared; default: the evaluation set's documents, or the
-            documentation of Python's built-ins.
+            documentation of Python's built-ins. Language models without a tokenizer are compared on random symbols.
         fidelity: compare with full precision. False saves the time and the memory of loading both models; the report
             then only says what was done.
 
@@ -82,6 +90,8 @@ def quantize(
     family, config = _read_source(source)
     _require_packages(chosen, fidelity, evaluation)
     dtype = _find_dtype(compute_dtype, chosen, config)
+    if fidelity and evaluation is not None and family.representation == "text":
+        raise ValueError(NO_RANKING)
     refuse_existing(Path(output_dir))
     report: dict[str, Any] = {}
 
@@ -162,6 +172,8 @@ def _write_quantized(
     write_model(model, folder)
     if processor is not None:
         processor.save_pretrained(folder)
+    else:
+        _copy_tokenizer(source, folder)
     _copy_companions(source, folder)
     return {
         "scheme": scheme.name,
@@ -218,6 +230,14 @@ def _split_linear_layers(model: nn.Module) -> tuple[list[str], list[str]]:
             plain = type(module) is nn.Linear and type(module.weight.data) is torch.Tensor
             (untouched if plain else quantized).append(name)
     return quantized, untouched
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    """File by file: what a library writes again may differ from what it read."""
+    for pattern in TOKENIZER_FILES:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copy2(file, folder / file.name)
 
 
 def _copy_companions(source: Path, folder: Path) -> None:

@@ -5,10 +5,14 @@ from collections import Counter
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import CompileConfig, DynamicCache, StaticCache
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from rarezoo import LexinvariantConfig, LexinvariantForCausalLM
 from rarezoo.lexinvariant.equal_scores import CUTTING_WARPERS, BreakTies, InSeededOrder
+from rarezoo.lexinvariant.modeling_lexinvariant import Symbols, resolve_table
+from rarezoo.lexinvariant.symbol_rows import random_rows, uniform_numbers
+from rarezoo.lexinvariant.symbol_tables import StoredTable
 
 SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, head_dim=8, intermediate_size=32)
 KINDS = {
@@ -198,6 +202,31 @@ def test_greedy_texts_and_beams_take_unseen_symbols_by_seed(beams):
     assert sum(unseen) / len(unseen) > 100, "low numbers are preferred"
 
 
+@torch.no_grad()
+def test_without_seeds_the_order_of_unseen_symbols_is_that_of_eval_seed():
+    model, ids = build("collapsed", vocab_size=500), torch.tensor([[0, 1]])
+    model.model.norm.weight.mul_(3)
+    for seed in (0, 9):
+        model.config.eval_seed = seed
+        found = model.generate(ids, max_new_tokens=1)
+        assert torch.equal(found, model.generate(ids, lex_seeds=torch.tensor([seed]), max_new_tokens=1))
+        assert found[0, 2] > 2, "the lowest number of those that score the same"
+
+
+@pytest.mark.parametrize("options", [dict(top_p=0.3), dict(typical_p=0.3)], ids=str)
+@torch.no_grad()
+def test_sampling_from_a_part_of_the_symbols_has_no_favourites(options):
+    """80 texts of one batch; of 498 unseen symbols, the lowest third would be all that is kept without seeds."""
+    model = build("collapsed", vocab_size=500)
+    model.model.norm.weight.mul_(3)
+    torch.manual_seed(0)
+    ids, seeds = torch.tensor([[0, 1]]).expand(80, -1), torch.arange(80)
+    chosen = model.generate(ids, lex_seeds=seeds, max_new_tokens=1, do_sample=True, top_k=0, **options)[:, 2]
+    unseen = chosen[chosen > 1].double()
+    assert len(unseen) > 40
+    assert abs(float(unseen.mean()) - 251) < 4 * 144 / len(unseen) ** 0.5
+
+
 def test_ties_are_broken_downwards_by_small_steps():
     scores = torch.tensor([[1.0, 3.0, 1.0, 1.0, 0.5, -torch.inf, -torch.inf], [2.0, 1.0, 0.0, -1.0, 5.0, 6.0, 7.0]])
     broken = BreakTies(torch.tensor([1, 2]), 3)(torch.zeros(2, 1), scores)
@@ -218,10 +247,94 @@ def test_cutting_a_sorted_list_has_no_favourites():
     assert ((seeded - 0.5).abs() < 0.12).all()
 
 
+@pytest.mark.parametrize("vocab_size", [50, 1500], ids=["few symbols", "many symbols"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cache_of_fixed_size_gives_the_same_text(kind, vocab_size):
+    model, ids = build(kind, vocab_size), prompts()
+    mask = torch.ones_like(ids)
+    mask[0, :3] = mask[2, :1] = 0
+    for attention_mask in (None, mask):
+        for options in (dict(), dict(num_beams=3)):
+            options |= dict(attention_mask=attention_mask, lex_seeds=SEEDS, max_new_tokens=8)
+            expected = model.generate(ids, **options)
+            assert torch.equal(model.generate(ids, cache_implementation="static", **options), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_cache_of_fixed_size_gives_the_same_logits_again_after_a_reset(kind):
+    model, ids = build(kind), prompts(20, 50)
+    expected = model(ids, lex_seeds=SEEDS).logits
+    cache = StaticCache(config=model.config, max_cache_len=26)
+    for _ in range(2):
+        pieces = [
+            model(ids[:, start:end], lex_seeds=SEEDS, past_key_values=cache, use_cache=True).logits
+            for start, end in ((0, 11), (11, 12), (12, 20))
+        ]
+        torch.testing.assert_close(torch.cat(pieces, dim=1), expected, rtol=0, atol=1e-5)
+        cache.reset()
+    with pytest.raises(ValueError, match="must cover 26 places of the cache; found 20"):
+        model(ids, attention_mask=torch.ones_like(ids), past_key_values=cache)
+
+
+@pytest.mark.parametrize("kind", ["collapsed", "canonical"])
+def test_compiled_decoding_gives_the_greedy_text(kind):
+    model, ids = build(kind), prompts()
+    expected = model.generate(ids, max_new_tokens=6)
+    compilation = CompileConfig(fullgraph=True, mode="default")
+    compilation._compile_all_devices = True
+    options = dict(cache_implementation="static", compile_config=compilation, max_new_tokens=6)
+    assert torch.equal(model.generate(ids, **options), expected)
+
+
+def test_compiled_rows_are_the_rows():
+    """Seeds that the compiler knows: its own arithmetic is wrong there."""
+
+    def rows(data):
+        symbols = torch.arange(41)
+        return random_rows(torch.tensor(7), symbols, 16) + data, uniform_numbers(torch.tensor(7), symbols)
+
+    found, expected = torch.compile(rows, fullgraph=True)(torch.zeros(1)), rows(torch.zeros(1))
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if KINDS[kind].get("unseen_logits") == "collapsed"])
+@torch.no_grad()
+def test_the_dense_read_out_of_few_symbols(kind):
+    """With the stored table of `generate`, against the read-out by what occurred."""
+    model, ids = build(kind, **({"vocab_size": 14} if "orthonormal" in kind else {})), prompts(20, 14)
+    ids[:, -1] = 0  # the last one is met for the first time
+    for num_tables in (1, 3):
+        options = dict(lex_seeds=SEEDS, num_tables=num_tables)
+        table = resolve_table(model.model.embed_tokens, ids.shape[0], ids.device, **options)
+        stored = table if isinstance(table, StoredTable) else table.stored()
+        expected = model(ids, labels=ids, **options)
+        found = model(ids, labels=ids, symbol_table=stored, **options)
+        torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(found.loss, expected.loss, rtol=0, atol=1e-5)
+        for keep in (1, 4):
+            kept = model(ids, logits_to_keep=keep, symbol_table=stored, **options).logits
+            torch.testing.assert_close(kept, expected.logits[:, -keep:], rtol=0, atol=1e-5)
+    assert model._seen_of_all(Symbols(stored, None, met=ids), None).sum() < ids.numel(), "some symbols repeat"
+
+
+@pytest.mark.parametrize("kind", ["collapsed", "exempt"])
+@torch.no_grad()
+def test_a_cache_that_generate_filled_serves_a_plain_call(kind):
+    model, ids = build(kind), prompts()
+    outputs = model.generate(ids, lex_seeds=SEEDS, max_new_tokens=5, return_dict_in_generate=True)
+    text = torch.cat([outputs.sequences, prompts(3)], dim=1)
+    expected = model(text, lex_seeds=SEEDS).logits[:, -4:]
+    found = model(text[:, -4:], lex_seeds=SEEDS, past_key_values=outputs.past_key_values, use_cache=True).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
 def test_caches_that_cannot_hold_the_history_are_refused():
     model, ids = build("collapsed"), prompts()
-    with pytest.raises(ValueError, match="DynamicCache"):
-        model.generate(ids, cache_implementation="static", max_new_tokens=3)
+    sliding = DynamicCache(config=model.config)
+    sliding.layers[0] = DynamicSlidingWindowLayer(sliding_window=4)
+    with pytest.raises(ValueError, match="found one with DynamicSlidingWindowLayer: leave cache_implementation unset"):
+        model(ids, past_key_values=sliding, use_cache=True)
     other = build("sampled")
     filled = other(ids, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="holds no history"):

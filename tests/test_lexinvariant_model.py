@@ -6,7 +6,7 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.utils.generic import find_labels
 
 from rarezoo import LexinvariantForCausalLM
@@ -268,5 +268,98 @@ def test_embeddings_need_ids_where_occurrence_decides():
     model = build(unseen_logits="collapsed")
     with pytest.raises(ValueError, match="input_ids are needed"):
         model(inputs_embeds=torch.zeros(1, 3, 32))
-    with pytest.raises(ValueError, match="fixed size: leave cache_implementation unset"):
-        build().generate(torch.tensor([[3, 4]]), max_new_tokens=2, cache_implementation="static")
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attend_self", [True, False])
+@torch.no_grad()
+def test_weights_of_eager_attention(attend_self):
+    """They sum to 1 over real tokens that came before; positions that see none have no output."""
+    model = build(attention="eager", attend_self=attend_self)
+    inputs = CASE.batch(AUTO_CLASS, padding_side="left")
+    outputs = model(**inputs, output_attentions=True)
+    batch_size, length = inputs["input_ids"].shape
+    real = inputs["attention_mask"].bool()
+    diagonal = 0 if attend_self else -1
+    allowed = torch.ones(length, length).tril(diagonal).bool() & real[:, None]
+    seeing = allowed.any(-1)
+    assert len(outputs.attentions) == model.config.num_hidden_layers
+    for weights in outputs.attentions:
+        assert weights.shape == (batch_size, model.config.num_attention_heads, length, length)
+        kept = weights.masked_fill(~allowed[:, None], 0).sum(-1).transpose(1, 2)[seeing]
+        torch.testing.assert_close(kept, torch.ones_like(kept), atol=1e-6, rtol=0)
+    other = build(attend_self=attend_self)(**inputs)
+    assert other.attentions is None
+    torch.testing.assert_close(other.logits[real], outputs.logits[real], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attend_self", [True, False])
+@pytest.mark.parametrize("qk_norm", [True, False])
+@torch.no_grad()
+def test_half_precision_does_not_overflow(attention, attend_self, qk_norm):
+    """Masked scores lie near the end of float16's range, and positions that see nothing must not become NaN."""
+    inputs = CASE.batch(AUTO_CLASS, padding_side="left")
+    real = inputs["attention_mask"].bool()
+    fields = dict(attention=attention, attend_self=attend_self, qk_norm=qk_norm, unseen_logits="collapsed")
+    model = build(**fields)
+    for layer in model.model.layers:
+        layer.self_attn.relative_attention_bias.weight.fill_(-60.0)
+        if qk_norm:
+            layer.self_attn.attn_scale.fill_(4.0)
+    expected = model(**inputs).logits[real]
+    found = model.half()(**inputs).logits
+    assert found.isfinite().all()
+    torch.testing.assert_close(found[real], expected, atol=0.02, rtol=0.02)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_trainer_of_the_user_s_own(accumulation, tmp_path):
+    """transformers' `Trainer` and its collator, nothing of ours: batches of two, or one after the other, whose rows
+    count by their tokens, make the same step."""
+    rows = [{"input_ids": row.tolist(), "lex_seeds": int(row.sum())} for row in CASE.rows((9, 4))]
+
+    def collate(features):
+        ids = [torch.tensor(row["input_ids"]) for row in features]
+        padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-100)
+        mask = (padded != -100).long()
+        seeds = torch.tensor([row["lex_seeds"] for row in features])
+        return dict(input_ids=padded.clamp(min=0), labels=padded, attention_mask=mask, lex_seeds=seeds)
+
+    model = build()
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=2 // accumulation, max_steps=1, report_to=[],
+        gradient_accumulation_steps=accumulation, learning_rate=0.1, lr_scheduler_type="constant", optim="sgd",
+        max_grad_norm=0.0, logging_steps=1, save_strategy="no", remove_unused_columns=False, use_cpu=True,
+        disable_tqdm=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collate)
+    trainer.train()
+    expected = build().train()
+    loss = expected(**collate(rows)).loss
+    loss.backward()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), abs=1e-4)
+    for (name, found), parameter in zip(model.named_parameters(), expected.parameters()):
+        torch.testing.assert_close(found, parameter - 0.1 * parameter.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_the_sampled_loss_without_logits():
+    """One sequence after the other, against cross-entropy of all logits; also where a table is too large for that."""
+    model, inputs = build(), batch()
+    labels = inputs["input_ids"]
+    losses = {}
+    for kept in (True, False):
+        model.zero_grad()
+        losses[kept] = model(**inputs, labels=labels, skip_logits=not kept).loss
+        losses[kept].backward()
+        gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+        if kept:
+            expected = gradients
+    torch.testing.assert_close(losses[False], losses[True], atol=1e-5, rtol=1e-5)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, atol=1e-5, rtol=1e-4, msg=name)

@@ -1,6 +1,7 @@
 """MaxSim and exact reranking against float64 brute force in numpy and against the official scores."""
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -148,9 +149,9 @@ def test_many_queries_in_blocks_of_bounded_size(generator, monkeypatch):
     sizes = []
     original = module._similarities
 
-    def recorded(query_rows, block, similarity):
+    def recorded(query_rows, block, *settings):
         sizes.append(len(query_rows) * block.shape[0] * block.shape[1])
-        return original(query_rows, block, similarity)
+        return original(query_rows, block, *settings)
 
     monkeypatch.setattr(module, "_similarities", recorded)
     np.testing.assert_allclose(max_sim(queries, documents)[::50].numpy(), expected, atol=1e-5)
@@ -311,20 +312,26 @@ def test_rerank_of_vectors_of_any_size(generator, passes, scale):
     assert_exact(unit_vectors(generator, 5) * scale, ragged(generator, generator.integers(1, 9, 60)))
 
 
-@pytest.mark.parametrize(("dtype", "largest", "left"), [(torch.bfloat16, 0.3, 60), (torch.float32, 2e-3, 12)])
-def test_error_bounds_hold_and_exclude(generator, monkeypatch, dtype, largest, left):
+@pytest.mark.parametrize(
+    ("approximate", "is_prepared", "largest", "left"),
+    [("bfloat16", True, 0.3, 60), ("float32", True, 2e-3, 12), ("float32", False, 2e-3, 12)],
+)
+def test_error_bounds_hold_and_exclude(generator, monkeypatch, approximate, is_prepared, largest, left):
     monkeypatch.setattr(module, "_processor_has_bfloat16_products", lambda: True)
     query = unit_vectors(generator, 32, 128)
     documents = ragged(generator, generator.integers(1, 90, 300), 128)
     exact = brute_force([query], documents)[0].astype(np.float32)
-    for prepared in (PackedDocuments(documents), None):
-        reranking = module._Reranking(query, documents, prepared)
-        positions, scores, bounds = reranking._approximate(list(range(300)), dtype)
-        assert sorted(positions.tolist()) == list(range(300))
-        error = np.abs(exact[positions] - scores.numpy())
-        assert (error <= bounds.numpy()).all() and error.max() > 0
-        assert bounds.max() < largest
-        assert 10 <= len(reranking._narrowed(list(range(300)), 10, dtype)) <= left
+    prepared = PackedDocuments(documents) if is_prepared else None
+    reranking = module._Reranking(query, documents, prepared)
+    if approximate == "bfloat16":
+        found = reranking._approximate_bfloat16(prepared._rough)
+    else:
+        found = reranking._approximate_float32(list(range(300)))
+    assert sorted(found.positions.tolist()) == list(range(300))
+    error = np.abs(exact[found.positions] - found.scores.numpy())
+    assert (error <= found.bounds.numpy()).all() and error.max() > 0
+    assert found.bounds.max() < largest
+    assert 10 <= len(reranking._narrowed(found, 10)) <= left
 
 
 def test_bfloat16_bound_is_reached(monkeypatch):
@@ -333,9 +340,32 @@ def test_bfloat16_bound_is_reached(monkeypatch):
     vectors = torch.zeros(1, DIM)
     vectors[0, 0], vectors[0, 1] = 16 * (1 + 0.999 * 2.0**-8), 1 + 0.999 * 2.0**-8
     exact = brute_force([vectors], [vectors])[0, 0]
-    for prepared in (PackedDocuments([vectors]), None):
-        _, scores, bounds = module._Reranking(vectors, [vectors], prepared)._approximate([0], torch.bfloat16)
-        assert 0.99 * bounds.item() < exact - scores.item() <= bounds.item()
+    prepared = PackedDocuments([vectors])
+    _, scores, bounds = module._Reranking(vectors, [vectors], prepared)._approximate_bfloat16(prepared._rough)
+    assert 0.99 * bounds.item() < exact - scores.item() <= bounds.item()
+
+
+def test_without_onednn_as_with_it(generator, passes, monkeypatch):
+    query, documents = unit_vectors(generator, 32, 128), ragged(generator, generator.integers(1, 90, 60), 128)
+    with_it = max_sim(query, documents)
+    monkeypatch.setattr(module, "_has_onednn_linear", lambda: False)
+    torch.testing.assert_close(max_sim(query, documents), with_it, rtol=1e-6, atol=1e-6)
+    assert_exact(query, documents)
+
+
+def test_threads_do_not_share_memory(generator, passes):
+    """What a thread keeps between calls is its own: answers beside other threads are those of one alone."""
+    cases = [(unit_vectors(generator, 8), ragged(generator, generator.integers(1, 40, 200))) for _ in range(4)]
+    expected = [(max_sim(query, documents), rerank(query, documents).positions) for query, documents in cases]
+
+    def answers(case):
+        query, documents = case
+        prepared = PackedDocuments(documents)
+        return [(max_sim(query, documents), rerank(query, prepared).positions) for _ in range(20)]
+
+    with ThreadPoolExecutor(4) as pool:
+        for repeated, (scores, positions) in zip(pool.map(answers, cases), expected):
+            assert all(torch.equal(found, scores) and torch.equal(order, positions) for found, order in repeated)
 
 
 def test_rerank_where_float32_products_may_be_rough(generator, passes):

@@ -10,6 +10,7 @@ in `colbert-ai`'s packed kernel and in PyLate, no zero row and no initial 0 comp
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
@@ -23,12 +24,15 @@ SIMILARITIES = ("cosine", "l2")
 
 # Vectors of documents that are compared at once: on a CPU, they and their similarities stay in the cache.
 _BLOCK_VECTORS = {"cpu": 12_288, "cuda": 262_144}
+_HUGE_BYTES = 2**22  # from here on, numpy asks for huge pages
+_ALIGNMENT = 64
 _BLOCK_SIMILARITIES = {"cpu": 2**18, "cuda": 2**26}
 _QUERY_ROWS = 4_096
 _FEW_CANDIDATES = 4  # times top_k: so many exact scores cost less than excluding some of them
-_LENGTH_STEP = 4  # lengths of blocks are multiples of it: oneDNN compiles a kernel for every shape that it has not met
+_ROW_STEP = 256  # rows of products are multiples of it: oneDNN compiles a kernel for every shape that it has not met
 
 _BFLOAT16_UNIT_ROUNDOFF = 2.0**-8
+_BFLOAT16_EXPONENT = 0x7F80  # its bits, without sign and fraction
 _OVERFLOW = 2.0**120  # far below where sums of products could become infinite, and their differences NaN
 _FLOAT32_UNIT_ROUNDOFF = 2.0**-24
 
@@ -44,11 +48,11 @@ class Ranking(NamedTuple):
     scores: Any
 
 
-class _RoughBlock(NamedTuple):
-    """Documents of similar length, a vector d of which is given as d', in bfloat16 or float32."""
+class _Rough(NamedTuple):
+    """The documents that have vectors, with every vector d given as d' in bfloat16, in blocks of similar length."""
 
-    positions: list[int]
-    vectors: Tensor  # (documents, length, dim); prepared ones lie in memory as (length, documents, dim)
+    blocks: list[Tensor]  # (length, documents of the block, dim): maxima over the first dimension are taken fastest
+    positions: Tensor  # (documents,) int64, those of the blocks' documents in turn
     norms: Tensor  # (documents,) float64, not below the norm of any d of the document
     errors: Tensor  # (documents,) float64, not below the norm of any d - d'
 
@@ -69,26 +73,34 @@ class PackedDocuments:
         with torch.no_grad():
             items = _items(documents, lengths, mask, "document")
             self.lengths = [len(item) for item in items]
-            self.vectors = torch.cat(items).float() if items else torch.empty(0, 0)
+            self.vectors = _packed(items)
             self._items = list(self.vectors.split(self.lengths))
             self._norms = torch.zeros(len(items), device=self.vectors.device, dtype=torch.float64)
-            self._rough: list[_RoughBlock] = []
+            self._rough: _Rough | None = None
             self._prepare()
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def _prepare(self) -> None:
-        keep_rough = _multiplies_bfloat16_quickly(self.vectors)
+        memory = None
+        if _multiplies_bfloat16_quickly(self.vectors):
+            rows = sum(len(block) * longest for block, longest in _planned_blocks(self._items, _BLOCK_VECTORS["cpu"]))
+            memory = _new_memory(rows * self.vectors.shape[1], torch.bfloat16)
+        blocks, order, all_norms, all_errors = [], [], [], []
         for positions, block in _blocks(self._items, _BLOCK_VECTORS["cpu"], reused_as=torch.float32):
             norms = _largest_norms(block)
             _refuse_non_finite("document", self._items, norms, positions)
             self._norms[positions] = norms
-            if keep_rough:
-                # Position by position: of vectors that lie so, maxima are taken fastest.
-                rough = block.transpose(0, 1).to(torch.bfloat16, memory_format=torch.contiguous_format).transpose(0, 1)
-                errors = _largest_norms(block - rough)  # the difference is exact (Sterbenz)
-                self._rough.append(_RoughBlock(positions, rough, norms, errors))
+            if memory is not None:
+                rough, memory = memory[: block.numel()], memory[block.numel() :]
+                rough = rough.view(block.shape[1], len(block), -1).copy_(block.transpose(0, 1))
+                all_errors.append(_largest_norms(block - rough.transpose(0, 1)))  # the difference is exact (Sterbenz)
+                all_norms.append(norms)
+                blocks.append(rough)
+                order += positions
+        if blocks:
+            self._rough = _Rough(blocks, torch.tensor(order), torch.cat(all_norms), torch.cat(all_errors))
 
 
 def max_sim(
@@ -174,9 +186,9 @@ def rerank(query, documents, top_k: int = 10, *, query_mask=None, document_lengt
     float32: it depends on nothing but the query and that document. Documents with equal scores stand in the order of
     their positions, documents without vectors last, with -inf.
 
-    Most documents are excluded earlier, by a pass in bfloat16 (on processors that are fast at it) and one in float32,
-    each with an error bound (`_error_bounds`): what the bound cannot exclude goes on to the next pass, so that hard
-    cases cost time, never a wrong order.
+    Most documents are excluded earlier, by a pass in bfloat16 (over `PackedDocuments`, on processors that are fast at
+    it) and one in float32, each with an error bound (`_error_bounds`): what the bound cannot exclude goes on to the
+    next pass, so that hard cases cost time, never a wrong order.
 
     Raises TypeError or ValueError as `max_sim`, and for top_k < 1.
     """
@@ -217,7 +229,7 @@ def _all_scores(queries: list[Tensor], documents: list[Tensor], similarity: str)
         block = block.to(dtype)
         best: list[Tensor] = []
         for group in groups:
-            similarities = _similarities(group, block, similarity)
+            similarities = _similarities(group, block, similarity, needs_gradient)
             if not best:
                 # With any one vector that is finite, one that is not has a similarity that is not.
                 sums_of_first.append(similarities.detach()[..., 0].sum(1))
@@ -232,13 +244,36 @@ def _all_scores(queries: list[Tensor], documents: list[Tensor], similarity: str)
     return scores.index_copy(1, torch.tensor(order, device=device), torch.cat(found, dim=1))
 
 
-def _similarities(queries: Tensor, block: Tensor, similarity: str) -> Tensor:
+def _similarities(queries: Tensor, block: Tensor, similarity: str, needs_gradient: bool = False) -> Tensor:
     """`(documents, length, query vectors)` from `(query vectors, dim)` and `(documents, length, dim)`."""
-    similarities = block.flatten(0, 1) @ queries.T
+    rows = block.flatten(0, 1)
+    similarities = rows @ queries.T if needs_gradient else _products(rows, queries)
     if similarity == "l2":
         squares = block.flatten(0, 1).square().sum(-1)[:, None] + queries.square().sum(-1)
         similarities = 2 * similarities - squares
     return similarities.view(len(block), -1, len(queries))
+
+
+def _products(rows: Tensor, queries: Tensor) -> Tensor:
+    """`rows @ queries.T`, without gradients. In float32 on a CPU by the function of oneDNN that Inductor's code calls:
+    the library behind `@` takes twice as long on some processors, and there is no public choice between them."""
+    if rows.dtype is not torch.float32 or rows.device.type != "cpu" or not _has_onednn_linear():
+        return rows @ queries.T
+    count = len(rows)
+    rows = _with_spare_rows(rows)
+    return torch.ops.mkldnn._linear_pointwise.default(rows, queries, None, "none", [], "")[:count]
+
+
+def _with_spare_rows(rows: Tensor) -> Tensor:
+    """The rows and those behind them in the same memory, whatever they hold, up to a multiple of `_ROW_STEP`."""
+    count = _rounded_up(len(rows))
+    elements = rows.untyped_storage().nbytes() // rows.element_size() - rows.storage_offset()
+    return rows.as_strided((count, rows.shape[1]), rows.stride()) if count * rows.shape[1] <= elements else rows
+
+
+def _has_onednn_linear() -> bool:
+    available = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+    return available and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _best(similarities: Tensor) -> Tensor:
@@ -281,30 +316,36 @@ def _blocks(
     """Documents of similar length, as their positions and `(documents, length, dim)`, at most `vectors` of them or one
     document. Shorter ones are filled up with their first vector, which changes no maximum; empty ones are left out.
 
-    With `reused_as`, a dtype, all blocks lie in the same memory, so that each is gone when the next one is asked for:
-    fresh memory for every block would take longer than its product.
+    With `reused_as`, a dtype, all blocks lie in the same memory, so that each is gone when the next one is asked for.
     """
+    chosen = _planned_blocks(items, vectors, positions)
+    buffer = None
+    if reused_as is not None and chosen:
+        first, dim = items[chosen[0][0][0]], items[chosen[0][0][0]].shape[1]
+        rows = _rounded_up(max(len(block) * longest for block, longest in chosen))
+        buffer = _memory.of("block", rows * dim, reused_as, first.device).view(rows, dim)
+    for block, longest in chosen:
+        yield block, _filled_up([items[position] for position in block], longest, buffer)
+
+
+def _planned_blocks(
+    items: list[Tensor], vectors: int, positions: Sequence[int] | None = None
+) -> list[tuple[list[int], int]]:
+    """The positions of every block's documents, shortest first, and the length of its longest document."""
     chosen = range(len(items)) if positions is None else positions
     lengths = {position: items[position].shape[0] for position in chosen}
-    ordered = sorted((position for position in chosen if lengths[position]), key=lengths.__getitem__)
-    buffer = None
-    start = 0
-    while start < len(ordered):
-        end, longest = start + 1, _rounded_up(lengths[ordered[start]])
-        while end < len(ordered) and _rounded_up(lengths[ordered[end]]) * (end + 1 - start) <= vectors:
-            longest = _rounded_up(lengths[ordered[end]])
-            end += 1
-        block = [items[position] for position in ordered[start:end]]
-        if reused_as is not None and buffer is None:
-            largest = _rounded_up(lengths[ordered[-1]])
-            rows = max(largest, min(vectors, largest * len(ordered)))
-            buffer = block[0].new_empty(rows, block[0].shape[1], dtype=reused_as)
-        yield ordered[start:end], _filled_up(block, longest, buffer)
-        start = end
+    planned: list[tuple[list[int], int]] = []
+    block: list[int] = []
+    for position in sorted((position for position in chosen if lengths[position]), key=lengths.__getitem__):
+        if block and lengths[position] * (len(block) + 1) > vectors:
+            planned.append((block, lengths[block[-1]]))
+            block = []
+        block.append(position)
+    return [*planned, (block, lengths[block[-1]])] if block else planned
 
 
-def _rounded_up(length: int) -> int:
-    return -(-length // _LENGTH_STEP) * _LENGTH_STEP
+def _rounded_up(rows: int) -> int:
+    return -(-rows // _ROW_STEP) * _ROW_STEP
 
 
 def _filled_up(items: list[Tensor], length: int, buffer: Tensor | None) -> Tensor:
@@ -317,7 +358,57 @@ def _filled_up(items: list[Tensor], length: int, buffer: Tensor | None) -> Tenso
     return rows.view(len(items), length, -1)
 
 
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+class _ThreadMemory(threading.local):
+    """Memory for intermediate results, which a thread keeps (some megabytes) and overwrites: to be given fresh pages
+    takes the system longer than many a product."""
+
+    def __init__(self):
+        self.kept: dict[str, Tensor] = {}
+
+    def of(self, name: str, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """`(count,)`, whatever it holds; the same memory for the same name."""
+        if device.type != "cpu":
+            return torch.empty(count, dtype=dtype, device=device)
+        size = count * dtype.itemsize
+        if name not in self.kept or len(self.kept[name]) < size:
+            self.kept[name] = _new_memory(size, torch.uint8)
+        return self.kept[name][:size].view(dtype)
+
+
+_memory = _ThreadMemory()
+
+
+def _new_memory(count: int, dtype: torch.dtype) -> Tensor:
+    """`(count,)` on the CPU. numpy asks for it in huge pages where it is large, which torch does not: to find the small
+    ones costs a product of large matrices up to a fifth of its time."""
+    array = np.empty(max(count * dtype.itemsize, _HUGE_BYTES) + _ALIGNMENT, np.uint8)
+    start = -array.ctypes.data % _ALIGNMENT
+    return torch.from_numpy(array)[start : start + count * dtype.itemsize].view(dtype)
+
+
+def _packed(items: list[Tensor]) -> Tensor:
+    """The vectors of all items in float32, `(total vectors, dim)`."""
+    if not items:
+        return torch.empty(0, 0)
+    total, dim = sum(len(item) for item in items), items[0].shape[1]
+    if items[0].device.type != "cpu":
+        return torch.cat(items).float()
+    packed = _new_memory(total * dim, torch.float32).view(total, dim)
+    return torch.cat([item.float() for item in items], out=packed)
+
+
 # --- exact order ------------------------------------------------------------------------------------------------------
+
+
+class _Approximate(NamedTuple):
+    """Scores of documents, and bounds of their distance from the exact scores."""
+
+    positions: Tensor  # (documents,) int64
+    scores: Tensor  # (documents,) float64
+    bounds: Tensor  # (documents,) float64
 
 
 class _Reranking:
@@ -331,26 +422,28 @@ class _Reranking:
     def best(self, top_k: int) -> Ranking:
         lengths = self.prepared.lengths if self.prepared else [document.shape[0] for document in self.documents]
         candidates = [position for position, length in enumerate(lengths) if length]
-        for dtype in (torch.bfloat16, torch.float32):
-            pays = dtype is torch.float32 or _multiplies_bfloat16_quickly(self.query)
-            if pays and len(candidates) > _FEW_CANDIDATES * top_k:
-                candidates = self._narrowed(candidates, top_k, dtype)
-        scores = torch.full((len(self.documents),), -torch.inf, device=self.query.device)
-        scores[candidates] = self._exact(candidates)
+        many = _FEW_CANDIDATES * top_k
+        if self.prepared is not None and self.prepared._rough is not None and len(candidates) > many:
+            candidates = self._narrowed(self._approximate_bfloat16(self.prepared._rough), top_k)
+        if len(candidates) > many:
+            candidates = self._narrowed(self._approximate_float32(candidates), top_k)
+        empty = [position for position, length in enumerate(lengths) if not length] if len(candidates) < top_k else []
+        scores = torch.cat([self._exact(candidates), self.query.new_full((len(empty),), -torch.inf)])
         best = scores.sort(descending=True, stable=True)
-        return Ranking(best.indices[:top_k], best.values[:top_k])
+        positions = torch.tensor(candidates + empty, dtype=torch.int64, device=best.indices.device)
+        return Ranking(positions[best.indices[:top_k]], best.values[:top_k])
 
-    def _narrowed(self, candidates: list[int], top_k: int, dtype: torch.dtype) -> list[int]:
-        """The candidates that may belong to the `top_k` best. `top_k` documents reach `floor`; a document that is
+    def _narrowed(self, approximate: _Approximate, top_k: int) -> list[int]:
+        """The documents that may belong to the `top_k` best. `top_k` documents reach `floor`; a document that is
         certainly below it is below all of them, whatever the order among equal scores."""
-        positions, scores, bounds = self._approximate(candidates, dtype)
+        positions, scores, bounds = approximate
         floor = self._exact(positions[scores.topk(top_k).indices].tolist()).min()
         excluded = scores + bounds < floor  # false for NaN, after an overflow
         return sorted(positions[~excluded].tolist())
 
     def _exact(self, positions: list[int]) -> Tensor:
         if not positions:
-            return torch.empty(0)
+            return self.query.new_empty(0)
         new, sums_of_first = [position for position in positions if position not in self.known], []
         for position in new:
             # The copy in float64 lies at the start of its own allocation: the same alignment, and so the same order of
@@ -363,97 +456,72 @@ class _Reranking:
             _refuse_non_finite("document", self.documents, torch.stack(sums_of_first), new)
         return torch.stack([self.known[position] for position in positions]).float()
 
-    def _approximate(self, candidates: list[int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Positions, scores computed with products of `dtype`, and bounds of their distance from the exact scores."""
-        blocks: Iterable[_RoughBlock] = self._converted_blocks(candidates, dtype)
-        if self.prepared is not None and self.prepared._rough and dtype is torch.bfloat16:
-            blocks = self.prepared._rough  # of all documents: this is the first pass
-        best_similarities = _BlockMaxima(self.query.to(dtype))
-        found = [(block.positions, best_similarities(block), block.norms, block.errors) for block in blocks]
-        positions = [position for part in found for position in part[0]]
-        best, norms, errors = (torch.cat(parts).double() for parts in list(zip(*found))[1:])
-        bounds = _error_bounds(self.query_float64, dtype, best, norms, errors)
-        return torch.tensor(positions, device=best.device), best.sum(1), bounds
+    def _approximate_bfloat16(self, rough: _Rough) -> _Approximate:
+        query = self.query.bfloat16()
+        largest = float(_norms(query.double()).max()) * float((rough.norms + rough.errors).max())
+        # The bits of bfloat16 numbers that are not negative are in the order of the numbers, and above those of the
+        # others: as integers they are compared in a quarter of the time. NaN would be out of order.
+        maxima = _block_maxima(query, rough.blocks, torch.int16) if largest < _OVERFLOW else None
+        if maxima is None or bool((maxima.view(torch.int16) < 0).any()):
+            maxima = _block_maxima(query, rough.blocks, torch.bfloat16)
+        bounds = _error_bounds(self.query_float64, torch.bfloat16, rough.norms, rough.errors)
+        powers = (maxima.view(torch.int16) & _BFLOAT16_EXPONENT).view(torch.bfloat16)  # of two, not above the maxima
+        bounds += _BFLOAT16_UNIT_ROUNDOFF * powers.sum(1, dtype=torch.float64)
+        return _Approximate(rough.positions, maxima.sum(1, dtype=torch.float64), bounds)
 
-    def _converted_blocks(self, candidates: list[int], dtype: torch.dtype) -> Iterator[_RoughBlock]:
-        """Blocks of the float32 vectors, or of their copies in bfloat16; the memory of a block is that of the next."""
-        memory = torch.empty(0, dtype=torch.bfloat16, device=self.query.device)
-        blocks = _blocks(self.documents, _block_vectors([self.query]), candidates, reused_as=torch.float32)
-        for positions, block in blocks:
-            norms = _largest_norms(block) if self.prepared is None else self.prepared._norms[positions]
+    def _approximate_float32(self, candidates: list[int]) -> _Approximate:
+        order, best, norms = [], [], []
+        vectors = _block_vectors([self.query])
+        for positions, block in _blocks(self.documents, vectors, candidates, reused_as=torch.float32):
             if self.prepared is None:
-                _refuse_non_finite("document", self.documents, norms, positions)
-            if dtype is torch.bfloat16:
-                rough = memory.resize_(block.shape).copy_(block)
-                yield _RoughBlock(positions, rough, norms, _BFLOAT16_UNIT_ROUNDOFF * norms)
-            else:
-                yield _RoughBlock(positions, block, norms, torch.zeros_like(norms))
+                norms.append(_largest_norms(block))
+                _refuse_non_finite("document", self.documents, norms[-1], positions)
+            best.append(_similarities(self.query, block, "cosine").amax(1))
+            order += positions
+        maxima, largest = torch.cat(best), torch.cat(norms) if norms else self.prepared._norms[order]
+        bounds = _error_bounds(self.query_float64, torch.float32, largest, torch.zeros_like(largest))
+        return _Approximate(torch.tensor(order, device=maxima.device), maxima.sum(1, dtype=torch.float64), bounds)
 
 
-class _BlockMaxima:
-    """The best similarity of every query vector in every document of a block, `(documents, query vectors)` float32; the
-    products of all blocks lie in the same memory."""
-
-    def __init__(self, query: Tensor):
-        self.query = query
-        self.norm = float(_norms(query.double()).max())
-        self.products = query.new_empty(0)
-
-    def __call__(self, block: _RoughBlock) -> Tensor:
-        by_position = block.vectors.transpose(0, 1)
-        prepared = by_position.is_contiguous()
-        rows = (by_position if prepared else block.vectors).flatten(0, 1)
-        products = torch.mm(rows, self.query.T, out=self.products.resize_(len(rows), len(self.query)))
-        if prepared and products.dtype is torch.bfloat16:
-            products = products.view(len(by_position), -1)
-            finite = self.norm * float((block.norms + block.errors).max()) < _OVERFLOW
-            best = _largest_bfloat16(products) if finite else products.amax(0)
-            return best.view(-1, len(self.query)).float()
-        similarities = products.view(len(block.norms), -1, len(self.query))
-        return similarities.amax(1) if products.dtype is torch.float32 else _halved_to_one(similarities).float()
+def _block_maxima(query: Tensor, blocks: list[Tensor], compared_as: torch.dtype) -> Tensor:
+    """The best similarity of every query vector in every document, `(documents, query vectors)` in the query's dtype;
+    the products of all blocks lie in the same memory."""
+    largest = max(block[..., 0].numel() for block in blocks)
+    memory = _memory.of("products", largest * len(query), query.dtype, query.device)
+    best = []
+    for block in blocks:
+        rows = block.flatten(0, 1)
+        products = torch.mm(rows, query.T, out=memory[: len(rows) * len(query)].view(len(rows), len(query)))
+        best.append(products.view(compared_as).view(len(block), -1).amax(0).view(-1, len(query)))
+    return torch.cat(best).view(query.dtype)
 
 
-def _largest_bfloat16(numbers: Tensor) -> Tensor:
-    """`numbers.amax(0)` of bfloat16 numbers without NaN, in a quarter of the time: the bits of numbers that are not
-    negative are in the order of the numbers, and above those of the others."""
-    best = numbers.view(torch.int16).amax(0)
-    return numbers.amax(0) if bool((best < 0).any()) else best.view(torch.bfloat16)
+def _error_bounds(query: Tensor, dtype: torch.dtype, norms: Tensor, errors: Tensor) -> Tensor:
+    """How far a score from products of `dtype` can be from the exact score, `(documents,)` float64, if the products
+    themselves are float32.
 
-
-def _halved_to_one(similarities: Tensor) -> Tensor:
-    """`similarities.amax(1)`, which for bfloat16 takes nine times as long on a CPU."""
-    while similarities.shape[1] > 1:
-        half = (similarities.shape[1] + 1) // 2  # of an odd number, both halves hold the middle
-        similarities = torch.maximum(similarities[:, :half], similarities[:, -half:])
-    return similarities[:, 0]
-
-
-def _error_bounds(query: Tensor, dtype: torch.dtype, best: Tensor, norms: Tensor, errors: Tensor) -> Tensor:
-    """How far a score from products of `dtype` can be from the exact score: `(documents,)` float64.
-
-    query `(query vectors, dim)` float64; best `(documents, query vectors)`, the computed maxima; norms and errors
-    `(documents,)`: bounds of |d| and of |d - d'| over the document's vectors d, d' being d rounded to `dtype`.
+    query `(query vectors, dim)` float64; norms and errors `(documents,)`: bounds of |d| and of |d - d'| over the
+    document's vectors d, d' being d rounded to `dtype`.
 
     Proof. For a query vector q, rounded to q', and a document vector d, rounded to d':
         <q, d> - <q', d'> = <q - q', d> + <q', d - d'>, which Cauchy-Schwarz bounds by |q - q'| |d| + |q'| |d - d'|.
     <q', d'> is computed in float32, in any order, every product rounded at most once and added: the error is at most
     gamma |q'| |d'|, where gamma = n u / (1 - n u) for n = dim + 1 roundings of u = 2^-24. (dim + 8) 2^-23 is more than
     twice that, enough for kernels whose additions truncate. Where float32 matrix products are allowed to round their
-    factors to bfloat16 or TF32, 2^-6 covers that. The result is at last rounded to `dtype`: by at most 2^-8 of itself
-    for bfloat16. Numbers below 2^-126 may have become 0 anywhere: `underflow`. If all computed similarities of a
-    document are within r of the exact ones, so is their maximum, and the errors of the query vectors add up. The exact
-    score's own rounding to float32, 2^-24 of at most |q| |d| per query vector, and the float64 roundings here are
-    within the slack of gamma.
+    factors to bfloat16 or TF32, 2^-6 covers that. (A product rounded to bfloat16 at last moves by at most 2^-8 of the
+    power of two below the result, which is for the caller to add.) Numbers below 2^-126 may have become 0 anywhere:
+    `underflow`. If all computed similarities of a document are within r of the exact ones, so is their maximum, and the
+    errors of the query vectors add up. The exact score's own rounding to float32, 2^-24 of at most |q| |d| per query
+    vector, and the float64 roundings here are within the slack of gamma.
     """
     dim = query.shape[1]
     rounded = query.to(dtype).double()
     gamma = (dim + 8) * 2 * _FLOAT32_UNIT_ROUNDOFF
     if dtype is torch.float32 and not _float32_products_are_full():
         gamma += 2.0**-6
-    output = _BFLOAT16_UNIT_ROUNDOFF if dtype is torch.bfloat16 else 0.0
     underflow = 2.0**-126 * query.numel() * (1 + norms)
     lost, kept = _norms(query - rounded).sum(), _norms(rounded).sum()
-    return lost * norms + kept * errors + gamma * kept * (norms + errors) + output * best.abs().sum(1) + underflow
+    return lost * norms + kept * errors + gamma * kept * (norms + errors) + underflow
 
 
 def _norms(vectors: Tensor) -> Tensor:

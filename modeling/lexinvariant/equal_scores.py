@@ -6,9 +6,11 @@ symbols are called. Here the sequence's seed decides: each seed has an order of 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import logits_process
 
 from .symbol_rows import uniform_numbers
@@ -50,9 +52,10 @@ class BreakTies(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         count = min(self.count, scores.shape[1])
         best = scores.topk(min(count + 1, scores.shape[1]), dim=1).values
-        repeated = (best[:, 1:] == best[:, :-1]) & best[:, 1:].isfinite()
+        repeated = best[:, 1:] == best[:, :-1]
         if not repeated.any():
             return scores
+        repeated &= best[:, 1:].isfinite()
         # One value can be that of many symbols: that of the unseen ones.
         value = best.gather(1, repeated.int().argmax(1, keepdim=True))
         equal = (scores == value) & repeated.any(1, keepdim=True)
@@ -62,3 +65,15 @@ class BreakTies(LogitsProcessor):
         lowered = torch.where(equal, scores - self.STEP * (count + 1), scores)
         top = torch.where(chosen.values >= 0, value - self.STEP * fall, lowered.gather(1, chosen.indices))
         return lowered.scatter(1, chosen.indices, top.to(scores.dtype))
+
+
+class ThenBreakTies(LogitsProcessorList):
+    """Processors, and behind them the ties: called directly, since a list looks up the signature of each of its members
+    at every token, which takes longer than breaking ties."""
+
+    def __init__(self, processors: Iterable[LogitsProcessor], break_ties: BreakTies):
+        super().__init__(processors)
+        self.break_ties = break_ties
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
+        return self.break_ties(input_ids, super().__call__(input_ids, scores, **kwargs))

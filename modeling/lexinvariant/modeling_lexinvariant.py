@@ -27,11 +27,16 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .collapsed_readout import CollapsedDistribution
 from .configuration_lexinvariant import LexinvariantConfig
-from .equal_scores import CUTTING_WARPERS, BreakTies, InSeededOrder
+from .equal_scores import CUTTING_WARPERS, BreakTies, InSeededOrder, ThenBreakTies
 from .linear_cross_entropy import linear_cross_entropy
-from .symbol_history import NO_SYMBOL, check_cache, first_positions, history_layer, new_symbols
+from .symbol_history import NO_SYMBOL, first_positions, fixed_size, history_layer, new_symbols
 from .symbol_rows import random_rows
-from .symbol_tables import RandomTable, StoredTable, Table, make_table, orthonormal_rows
+from .symbol_tables import ExemptingTable, RandomTable, StoredTable, Table, make_table, orthonormal_rows
+
+# Up to so many stored rows, products with all of them take less time than finding those of what occurred.
+_FEW_SYMBOLS = 1024
+# Rows of one sequence that may exist at once while its loss is computed.
+_MOST_NUMBERS_OF_A_TABLE = 2**25
 
 
 @dataclass
@@ -42,8 +47,9 @@ class Symbols:
         table: rows of all symbols; None where rows follow from what has occurred.
         rows: (sequences, length, hidden_size) of the new tokens, float32, before scale and bias.
         met: symbols (batch, slots) met so far, exempt ones first; None where read-out does not need them.
-        first: (batch, slots), the slot at which each occurred first.
-        met_rows: (sequences, slots, hidden_size).
+        start: the slot of the first new token; a tensor () where the cache is of fixed size.
+        first: (batch, slots), the slot at which each occurred first; None where read-out uses the rows of all symbols.
+        met_rows: (sequences, slots, hidden_size); None as `first`.
         unseen_row: (hidden_size,), the row of the class of new symbols in a canonical table.
         num_tables: sequences per batch element.
     """
@@ -52,6 +58,7 @@ class Symbols:
     rows: Tensor
     num_tables: int = 1
     met: Tensor | None = None
+    start: int | Tensor = 0
     first: Tensor | None = None
     met_rows: Tensor | None = None
     unseen_row: Tensor | None = None
@@ -132,48 +139,78 @@ def resolve_symbols(
     table = symbol_table
     if table is None:
         table = resolve_table(embedding, batch, input_ids.device, embedding_table, permutations, lex_seeds, num_tables)
-    repeated = input_ids.repeat_interleave(num_tables, dim=0)
+    repeated = input_ids if num_tables == 1 else input_ids.repeat_interleave(num_tables, dim=0)
     if not config.is_collapsed:
         assert table is not None
         return Symbols(table, table.rows(repeated), num_tables)
 
-    mask = None if attention_mask is None else attention_mask[:, -length:].bool()
-    met = input_ids if mask is None else input_ids.masked_fill(~mask, NO_SYMBOL)
-    exempt_ids = torch.tensor(config.exempt_token_ids, dtype=torch.int64, device=input_ids.device)
-    prefix = exempt_ids.expand(batch, -1)
+    real = real_tokens(attention_mask, length, past_key_values)
+    met = input_ids if real is None else input_ids.masked_fill(~real, NO_SYMBOL)
+    exempt = len(config.exempt_token_ids)
+    past = 0 if past_key_values is None else past_key_values.get_seq_length()
+    start = past + exempt  # a new tensor, where the past is one: that of the cache changes
     layer = None if past_key_values is None else history_layer(past_key_values)
-    past = layer.history.get("symbols") if layer is not None else None
-    known = [] if past is None else [past[:, 0, :, 0]]
-    met = torch.cat([prefix, *known, met], dim=1)
-    first = first_positions(met)
-    start = met.shape[1] - length
-    unseen_row = None
-    if canonical:
-        ranks = (new_symbols(met, first).cumsum(1) - 1).gather(1, first)
-        ranks = ranks.masked_fill(met == NO_SYMBOL, 0)
-        if torch.compiler.is_compiling():
-            torch._assert_async(ranks.max() < config.canonical_size, "more different symbols than canonical_size")
-        elif int(ranks.max()) >= config.canonical_size:
-            raise ValueError(
-                f"a sequence holds {int(ranks.max()) + 1} different symbols, but canonical_size is "
-                f"{config.canonical_size}"
-            )
-        all_rows = embedding.canonical_rows(input_ids.device)
-        # A copy, since products are rounded by how a tensor lies in memory, and a loaded one may lie anywhere.
-        rows, unseen_row = functional.embedding(ranks[:, start:], all_rows), all_rows[-1].clone()
-        prefix_rows = functional.embedding(ranks[:, : prefix.shape[1]], all_rows)
-    else:
-        assert table is not None
-        exempt = prefix.shape[1]
-        rows = table.rows(torch.cat([prefix.repeat_interleave(num_tables, dim=0), repeated], dim=1))
-        prefix_rows, rows = rows[:, :exempt], rows[:, exempt:]
-    past_rows = None if past is None else layer.history["rows"].flatten(0, 1)
-    if by_occurrence:
-        rows = _orthogonalized(rows, past_rows, met, first, prefix.shape[1])
-    met_rows = torch.cat([part for part in (prefix_rows, past_rows, rows) if part is not None], dim=1)
+    keeps_rows = layer is not None and ("rows" in layer.history or "symbols" not in layer.history)
     if layer is not None:
-        layer.append_history(symbols=met[:, None, start:, None], rows=rows.unflatten(0, (batch, num_tables)))
-    return Symbols(table, rows, num_tables, met, first, met_rows, unseen_row)
+        met = layer.append("symbols", met[..., None])[..., 0]
+    if exempt:
+        met = torch.cat([torch.tensor(config.exempt_token_ids, device=met.device).expand(batch, -1), met], dim=1)
+    if isinstance(symbol_table, StoredTable) and not by_occurrence and config.vocab_size <= _FEW_SYMBOLS:
+        if layer is not None:
+            layer.history.pop("rows", None)
+        return Symbols(symbol_table, symbol_table.rows(repeated), num_tables, met, start)
+
+    first = first_positions(met)
+    slots = torch.arange(length, device=met.device) + start
+    if canonical:
+        ranks = _checked_ranks(met, first, config.canonical_size)
+        all_rows = embedding.canonical_rows(input_ids.device)
+        met_rows = functional.embedding(ranks, all_rows)
+        # A copy, since products are rounded by how a tensor lies in memory, and a loaded one may lie anywhere.
+        unseen_row = all_rows[-1].clone()
+        return Symbols(None, met_rows.index_select(1, slots), 1, met, start, first, met_rows, unseen_row)
+    assert table is not None
+    if layer is not None and not keeps_rows:
+        met_rows = table.rows(met.clamp(min=0).repeat_interleave(num_tables, dim=0))
+        return Symbols(table, met_rows.index_select(1, slots), num_tables, met, start, first, met_rows)
+    exempt_ids = met[:, :exempt].repeat_interleave(num_tables, dim=0)
+    exempt_rows, rows = table.rows(torch.cat([exempt_ids, repeated], dim=1)).tensor_split([exempt], dim=1)
+    if by_occurrence:
+        past_rows = None if layer is None or "rows" not in layer.history else layer.history["rows"].flatten(0, 1)
+        rows = _orthogonalized(
+            rows, past_rows, met[:, exempt:], first[:, exempt:] - exempt, slots - exempt, config.embedding_std
+        )
+    met_rows = rows
+    if layer is not None:
+        met_rows = layer.append("rows", rows.unflatten(0, (batch, num_tables))).flatten(0, 1)
+    met_rows = torch.cat([exempt_rows, met_rows], dim=1) if exempt else met_rows
+    return Symbols(table, rows, num_tables, met, start, first, met_rows)
+
+
+def real_tokens(attention_mask: Tensor | None, length: int, past_key_values: Cache | None) -> Tensor | None:
+    """(batch, length) bool, False where a new token is padding; None where none is.
+
+    Args:
+        attention_mask: (batch, cached + length), or as long as a cache of fixed size.
+    """
+    if attention_mask is None:
+        return None
+    if past_key_values is None or fixed_size(past_key_values) is None:
+        return attention_mask[:, -length:].bool()
+    places = torch.arange(length, device=attention_mask.device) + past_key_values.get_seq_length()
+    return attention_mask.bool().index_select(1, places)
+
+
+def _checked_ranks(met: Tensor, first: Tensor, canonical_size: int) -> Tensor:
+    """Of every symbol met, how many others were met before it: (batch, slots); 0 at padding."""
+    ranks = (new_symbols(met, first).cumsum(1) - 1).gather(1, first).masked_fill(met == NO_SYMBOL, 0)
+    if torch.compiler.is_compiling():
+        torch._assert_async(ranks.max() < canonical_size, "more different symbols than canonical_size")
+    elif int(ranks.max()) >= canonical_size:
+        raise ValueError(
+            f"a sequence holds {int(ranks.max()) + 1} different symbols, but canonical_size is {canonical_size}"
+        )
+    return ranks
 
 
 def resolve_table(
@@ -215,43 +252,51 @@ def resolve_table(
 
 
 @torch.no_grad()
-def _orthogonalized(rows: Tensor, past_rows: Tensor | None, met: Tensor, first: Tensor, exempt: int) -> Tensor:
+def _orthogonalized(
+    rows: Tensor, past_rows: Tensor | None, met: Tensor, first: Tensor, places: Tensor, std: float
+) -> Tensor:
     """Gram-Schmidt over the different symbols in the order in which they occur; after hidden_size of them, rows stay as
     they are.
 
     Args:
         rows: (sequences, length, dim), of the new tokens as they were drawn.
-        past_rows: (sequences, past, dim), of the tokens before them, orthogonal.
-        met, first: (batch, exempt + past + length).
-        exempt: number of slots at the start that do not take part.
+        past_rows: (sequences, past or total, dim), of the tokens before them, orthogonal; zeros behind those.
+        met, first: (batch, total), without exempt symbols, whose slots are negative in `first`.
+        places: (length,), of the new tokens.
+        std: of the numbers in a row; orthogonal ones have the length std * sqrt(dim).
 
     Returns:
         (sequences, length, dim)
     """
     sequences, length, dim = rows.shape
-    rows = rows.double()  # in float32, the last rows of a nearly full basis would depend on how the text is cut
+    drawn, rows = rows, rows.double()  # in float32, the last rows of a nearly full basis would depend on the cut
     repeats = sequences // len(met)
-    new = new_symbols(met, first)[:, exempt:].repeat_interleave(repeats, dim=0)
-    origin = (first[:, exempt:] - exempt).repeat_interleave(repeats, dim=0)[:, -length:]
+    new = new_symbols(met, first).repeat_interleave(repeats, dim=0)
+    origin = first.repeat_interleave(repeats, dim=0).index_select(1, places)
     rank = new.cumsum(1) - 1
-    past = new.shape[1] - length
-    count = rank[:, past - 1 : past] + 1 if past else rank.new_zeros(sequences, 1)
+    new_here, rank_here = new.index_select(1, places), rank.index_select(1, places)
+    count = rank_here[:, :1] + 1 - new_here[:, :1].long()
     slots = min(length, dim)
-    chosen = new[:, past:] & (rank[:, past:] < dim)
-    slot = torch.where(chosen, rank[:, past:] - count, slots)
+    chosen = new_here & (rank_here < dim)
+    slot = torch.where(chosen, rank_here - count, slots)
     fresh = rows.new_zeros(sequences, slots + 1, dim)
     fresh = fresh.scatter(1, slot[..., None].expand(-1, -1, dim), rows)[:, :slots]
     if past_rows is not None:
-        past_rows = past_rows.double()
-        basis = past_rows * (new[:, :past] & (rank[:, :past] < dim))[..., None]
+        past_rows, past = past_rows.double(), past_rows.shape[1]
+        before = torch.arange(past, device=rows.device) < places[0]
+        basis = past_rows * (new[:, :past] & (rank[:, :past] < dim) & before)[..., None]
         for _ in range(2):  # what rounding left of the first projection
-            fresh = fresh - (fresh @ basis.transpose(1, 2)) @ basis / dim
-    fresh = orthonormal_rows(fresh)
-    drawn = rows
+            fresh = fresh - (fresh @ basis.transpose(1, 2)) @ basis / (dim * std**2)
+    fresh = orthonormal_rows(fresh) * std
     rows = torch.where(chosen[..., None], fresh.gather(1, slot.clamp(max=slots - 1)[..., None].expand_as(rows)), rows)
-    rows = rows if past_rows is None else torch.cat([past_rows, rows], dim=1)
-    repeated = rows.gather(1, origin.clamp(min=0)[..., None].expand(-1, -1, dim))
-    return torch.where((origin >= 0)[..., None], repeated, drawn).float()
+    if past_rows is None:
+        known = rows
+    elif past_rows.shape[1] == met.shape[1]:
+        known = past_rows.index_copy(1, places, rows)
+    else:
+        known = torch.cat([past_rows, rows], dim=1)
+    repeated = known.gather(1, origin.clamp(min=0)[..., None].expand(-1, -1, dim))
+    return torch.where((origin >= 0)[..., None], repeated, drawn.double()).float()
 
 
 def _gaussian(config: LexinvariantConfig) -> LexinvariantConfig:
@@ -306,8 +351,9 @@ def _check_explicit(config, batch: int, table: Tensor | None, permutations: Tens
 
 
 def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    weights = query @ key.transpose(2, 3) * scaling + attention_mask
-    weights = functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    # In float32, as fused kernels do: of a bias of hundreds, 16 bits leave no room for the products.
+    weights = (query @ key.transpose(2, 3)).float() * scaling + attention_mask
+    weights = functional.softmax(weights, dim=-1).to(query.dtype)
     weights = functional.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2), weights
 
@@ -370,7 +416,8 @@ class LexinvariantAttention(nn.Module):
             query,
             key,
             value,
-            (bias + attention.mask).to(query.dtype),
+            # Not a sum, which overflows in float16.
+            bias.to(query.dtype).masked_fill(attention.forbidden, torch.finfo(query.dtype).min),
             scaling=scaling,
             dropout=self.config.attention_dropout if self.training else 0.0,
             **kwargs,
@@ -389,8 +436,7 @@ class LexinvariantAttention(nn.Module):
         return share * key + (1 - share) * before
 
     def position_bias(self, buckets: Tensor, total: int) -> Tensor:
-        """(heads, length, total) for the last `length` of `total` positions; buckets (length + total - 1,) of distances
-        that fall from total - 1."""
+        """(heads, length, total); buckets (length + total - 1,) as in `AttentionInputs`."""
         assert self.relative_attention_bias is not None
         return self.relative_attention_bias(buckets).T.unfold(1, total, 1).flip(1)
 
@@ -411,15 +457,17 @@ class AttentionInputs:
     """What all layers need to attend.
 
     batch: number of batch elements (not of their tables).
-    mask: (sequences or 1, 1, length, total) float, 0 where a position may look and the smallest number elsewhere.
+    forbidden: (sequences or 1, 1, length, total) bool, where a position must not look.
     attends: (sequences or 1, length) bool, whether a position may look anywhere; None if all may.
     real: (sequences, total) bool, False at padding; None without padding.
+    buckets: (length + total - 1,), of the distances from that of the last token to the first place, falling.
     """
 
     batch: int
-    mask: Tensor
+    forbidden: Tensor
     attends: Tensor | None
     real: Tensor | None
+    buckets: Tensor
 
 
 class LexinvariantMLP(nn.Module):
@@ -461,6 +509,7 @@ class LexinvariantPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["LexinvariantDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
+    _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": LexinvariantDecoderLayer, "attentions": LexinvariantAttention}
 
     def __init__(self, config: LexinvariantConfig, *args, **kwargs):
@@ -586,7 +635,6 @@ class LexinvariantModel(LexinvariantPreTrainedModel):
             raise ValueError("give input_ids or inputs_embeds, one of the two")
         if use_cache and past_key_values is None and not self.training:
             past_key_values = DynamicCache(config=self.config)
-        check_cache(past_key_values)
         if inputs_embeds is None:
             if symbols is None:
                 symbols = resolve_symbols(
@@ -602,16 +650,10 @@ class LexinvariantModel(LexinvariantPreTrainedModel):
             num_tables = symbols.num_tables
             inputs_embeds = self.embed_tokens(input_ids, rows=symbols.rows).to(self.norm.weight.dtype)
         attention = self._attention_inputs(inputs_embeds, attention_mask, past_key_values, num_tables)
-        length, total = attention.mask.shape[-2:]
-        buckets = distance_buckets(
-            torch.arange(total - 1, -length, -1, device=inputs_embeds.device).clamp(min=0),
-            self.config.relative_attention_num_buckets,
-            self.config.relative_attention_max_distance,
-        )
         hidden_states, bias = inputs_embeds, None
         for layer in self.layers:
             if layer.self_attn.relative_attention_bias is not None:
-                bias = layer.self_attn.position_bias(buckets, total)
+                bias = layer.self_attn.position_bias(attention.buckets, attention.forbidden.shape[-1])
             # By position: gradients of other tensors are lost by checkpointing of the reentrant kind.
             hidden_states = layer(hidden_states, bias, attention, past_key_values=past_key_values, **kwargs)
         return BaseModelOutputWithPast(
@@ -620,21 +662,25 @@ class LexinvariantModel(LexinvariantPreTrainedModel):
 
     def _attention_inputs(self, embeds: Tensor, attention_mask: Tensor | None, cache: Cache | None, num_tables: int):
         length, device = embeds.shape[1], embeds.device
-        total = length + (cache.get_seq_length() if cache is not None else 0)
+        past = cache.get_seq_length() if cache is not None else 0
+        total = fixed_size(cache) or length + past
         if attention_mask is not None and attention_mask.shape[1] != total:
-            raise ValueError(
-                f"attention_mask must cover {total} tokens, with those in the cache; found {attention_mask.shape[1]}"
-            )
-        here = torch.arange(total - length, total, device=device)[:, None]
-        allowed = torch.arange(total, device=device) <= (here if self.config.attend_self else here - 1)
-        allowed = allowed[None]
+            places = "places of the cache" if fixed_size(cache) else "tokens, with those in the cache"
+            raise ValueError(f"attention_mask must cover {total} {places}; found {attention_mask.shape[1]}")
+        here = torch.arange(length, device=device) + past
+        last = here if self.config.attend_self else here - 1
+        allowed = (torch.arange(total, device=device) <= last[:, None])[None]
         real = None
         if attention_mask is not None:
             real = attention_mask.bool().repeat_interleave(num_tables, dim=0)
             allowed = allowed & real[:, None]
-        mask = torch.zeros_like(allowed, dtype=embeds.dtype).masked_fill_(~allowed, torch.finfo(embeds.dtype).min)
         attends = None if real is None and self.config.attend_self else allowed.any(-1)
-        return AttentionInputs(len(embeds) // num_tables, mask[:, None], attends, real)
+        buckets = distance_buckets(
+            (past + length - 1 - torch.arange(length + total - 1, device=device)).clamp(min=0),
+            self.config.relative_attention_num_buckets,
+            self.config.relative_attention_max_distance,
+        )
+        return AttentionInputs(len(embeds) // num_tables, ~allowed[:, None], attends, real, buckets)
 
 
 class LexinvariantForCausalLM(LexinvariantPreTrainedModel, GenerationMixin):
@@ -666,8 +712,15 @@ class LexinvariantForCausalLM(LexinvariantPreTrainedModel, GenerationMixin):
             names = ("embedding_table", "permutations", "lex_seeds")
             given = {name: kwargs.get(name) for name in names} | {"num_tables": kwargs.get("num_tables", 1)}
             table = resolve_table(self.model.embed_tokens, len(input_ids), input_ids.device, **given)
-            kwargs["symbol_table"] = table.stored() if isinstance(table, RandomTable) else table
+            kwargs["symbol_table"] = table.stored() if isinstance(table, RandomTable | ExemptingTable) else table
         return input_ids, kwargs
+
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs) -> Tensor | None:
+        """The mask of padding for a cache of fixed size, as long as that; the model adds the rest itself."""
+        if attention_mask is None:
+            return None
+        return functional.pad(attention_mask, (0, fixed_size(past_key_values) - attention_mask.shape[1]))
 
     def _get_logits_processor(self, generation_config, *args, model_kwargs=None, **kwargs):
         processors = super()._get_logits_processor(generation_config, *args, model_kwargs=model_kwargs, **kwargs)
@@ -678,12 +731,11 @@ class LexinvariantForCausalLM(LexinvariantPreTrainedModel, GenerationMixin):
             InSeededOrder(processor, seeds) if isinstance(processor, CUTTING_WARPERS) else processor
             for processor in processors
         )
-        processors = LogitsProcessorList(ordered)
-        if not generation_config.do_sample:
-            # A beam search looks at this many continuations of every beam (more with several ends of text).
-            count = 1 if (generation_config.num_beams or 1) == 1 else 4 * generation_config.num_beams
-            processors.append(BreakTies(seeds, count))
-        return processors
+        if generation_config.do_sample:
+            return LogitsProcessorList(ordered)
+        # A beam search looks at this many continuations of every beam (more with several ends of text).
+        count = 1 if (generation_config.num_beams or 1) == 1 else 4 * generation_config.num_beams
+        return ThenBreakTies(ordered, BreakTies(seeds, count))
 
     @can_return_tuple
     def forward(
@@ -735,8 +787,10 @@ class LexinvariantForCausalLM(LexinvariantPreTrainedModel, GenerationMixin):
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        check_cache(past_key_values)
         tables = (embedding_table, permutations, lex_seeds, num_tables)
+        # Before the cache has taken in the new tokens.
+        length = input_ids.shape[-1] if inputs_embeds is None else inputs_embeds.shape[1]
+        real = real_tokens(attention_mask, length, past_key_values)
         embedding = self.model.embed_tokens
         if inputs_embeds is None:
             symbols = resolve_symbols(
@@ -757,18 +811,19 @@ class LexinvariantForCausalLM(LexinvariantPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden = outputs.last_hidden_state
-        length = hidden.shape[1]
         loss = logits = None
         if labels is not None:
-            targets, counted = self._targets(labels, kwargs.get("shift_labels"), attention_mask)
+            targets, counted = self._targets(labels, kwargs.get("shift_labels"), real)
             items = kwargs.get("num_items_in_batch")
             importance = counted / (counted.sum() if items is None else items)
             loss = self._loss(
                 hidden[:, : targets.shape[1]], symbols, targets, importance, keeps_products=not skip_logits
             )
         if not skip_logits:
-            positions = torch.arange(length, device=hidden.device)
-            kept = positions[-logits_to_keep:] if isinstance(logits_to_keep, int) else positions[logits_to_keep]
+            kept: Tensor | None = None
+            if length > 1 and not (isinstance(logits_to_keep, int) and logits_to_keep == 1):
+                kept = torch.arange(length, device=hidden.device)
+                kept = kept[-logits_to_keep:] if isinstance(logits_to_keep, int) else kept[logits_to_keep]
             logits = self._logits(hidden, symbols, kept)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -793,27 +848,27 @@ class LexinvariantForCausalLM(LexinvariantPreTrainedModel, GenerationMixin):
         hidden = self.model(
             input_ids=input_ids, attention_mask=attention_mask, symbols=symbols, use_cache=False
         ).last_hidden_state
-        targets, counted = self._targets(input_ids, None, attention_mask)
+        targets, counted = self._targets(input_ids, None, real_tokens(attention_mask, input_ids.shape[1], None))
         return self._token_losses(hidden[:, :-1], symbols, targets).masked_fill(~counted, 0.0), counted
 
     def _scale(self) -> float:
         return self.config.hidden_size**-0.5 if self.config.logit_scale == "rsqrt_hidden" else 1.0
 
-    def _logits(self, hidden: Tensor, symbols: Symbols, positions: Tensor) -> Tensor:
-        hidden = hidden[:, positions]
-        if symbols.met is None:
-            logits = symbols.table.products(hidden).float() * self._scale()
+    def _logits(self, hidden: Tensor, symbols: Symbols, positions: Tensor | None) -> Tensor:
+        """(batch, positions, vocab_size) at `positions` of the new tokens, or at the last one."""
+        hidden = hidden[:, -1:] if positions is None else hidden[:, positions]
+        if symbols.first is None:
+            logits = self._logits_of_all(hidden, symbols, positions)
         else:
             logits = self._collapsed(hidden, symbols, positions).full_logits()
         return _averaged(logits, symbols.num_tables) if symbols.num_tables > 1 else logits
 
-    def _targets(self, labels: Tensor, shift_labels: Tensor | None, attention_mask: Tensor | None):
+    def _targets(self, labels: Tensor, shift_labels: Tensor | None, real: Tensor | None):
         """What is predicted at the first positions, (batch, length - 1), and where it counts; of `shift_labels`, at all
         positions."""
         targets = labels[:, 1:] if shift_labels is None else shift_labels
         counted = targets != -100
-        if attention_mask is not None:
-            real = attention_mask[:, -labels.shape[1] :].bool()
+        if real is not None:
             counted = counted & real[:, : targets.shape[1]]
             if shift_labels is None:
                 counted = counted & real[:, 1:]
@@ -828,19 +883,27 @@ class LexinvariantForCausalLM(LexinvariantPreTrainedModel, GenerationMixin):
     def _loss(self, hidden: Tensor, symbols: Symbols, targets: Tensor, importance: Tensor, keeps_products: bool):
         """Sum of negative log-likelihoods times importance (batch, length)."""
         table = symbols.table
-        shared = isinstance(table, StoredTable) and table.weight.dim() == 2 and symbols.num_tables == 1
-        if keeps_products or symbols.met is not None or not shared:
+        if keeps_products or symbols.met is not None or symbols.num_tables > 1:
             return (self._token_losses(hidden, symbols, targets) * importance).sum()
-        weight, places = table.weight.to(hidden.dtype), table.places(targets)
-        return linear_cross_entropy(hidden.flatten(0, 1), weight, places.flatten(), importance.flatten(), self._scale())
+        if isinstance(table, StoredTable) and table.weight.dim() == 2:
+            weight, places = table.weight.to(hidden.dtype), table.places(targets).flatten()
+            return linear_cross_entropy(hidden.flatten(0, 1), weight, places, importance.flatten(), self._scale())
+        if isinstance(table, RandomTable) and table.vocab_size * table.hidden_size <= _MOST_NUMBERS_OF_A_TABLE:
+            # One sequence after the other, whose rows are computed once and forgotten.
+            losses = [
+                linear_cross_entropy(hidden[i], table.of(i).all_rows()[0].to(hidden.dtype), *labels, self._scale())
+                for i, labels in enumerate(zip(targets, importance))
+            ]
+            return torch.stack(losses).sum()
+        return (self._token_losses(hidden, symbols, targets) * importance).sum()
 
     def _token_losses(self, hidden: Tensor, symbols: Symbols, targets: Tensor) -> Tensor:
         """Negative log-likelihoods (batch, length) of `targets` (batch, length) under hidden states (sequences, length,
         hidden_size) of the first positions."""
         targets = targets.repeat_interleave(symbols.num_tables, dim=0)
         positions = torch.arange(targets.shape[1], device=hidden.device)
-        if symbols.met is None:
-            logits = symbols.table.products(hidden).float() * self._scale()
+        if symbols.first is None:
+            logits = self._logits_of_all(hidden, symbols, positions)
             losses = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
             losses = losses.view_as(targets)
         else:
@@ -851,26 +914,61 @@ class LexinvariantForCausalLM(LexinvariantPreTrainedModel, GenerationMixin):
             losses = math.log(symbols.num_tables) - (-several).logsumexp(1)
         return losses
 
-    def _collapsed(self, hidden: Tensor, symbols: Symbols, positions: Tensor) -> CollapsedDistribution:
-        """Distributions at `positions` of the new tokens; hidden (sequences, positions, hidden_size)."""
+    def _collapsed(self, hidden: Tensor, symbols: Symbols, positions: Tensor | None) -> CollapsedDistribution:
+        """Distributions at `positions` of the new tokens, or at the last one; hidden (sequences, positions,
+        hidden_size)."""
         config = self.config
         assert symbols.met is not None and symbols.first is not None and symbols.met_rows is not None
         met, first = (part.repeat_interleave(symbols.num_tables, dim=0) for part in (symbols.met, symbols.first))
-        slots = torch.arange(met.shape[1], device=met.device)
-        here = positions + met.shape[1] - symbols.rows.shape[1]
-        here = here.clamp(min=len(config.exempt_token_ids) - 1)
-        seen = new_symbols(met, first)[:, None] & (slots <= here[:, None])
+        seen = new_symbols(met, first)[:, None]
+        if positions is not None:
+            seen = seen & (torch.arange(met.shape[1], device=met.device) <= (positions + symbols.start)[:, None])
         products = (hidden @ symbols.met_rows.to(hidden.dtype).transpose(1, 2)).float()
         logits = products * self._scale()
         if symbols.unseen_row is not None:
             rest = (config.vocab_size - seen.sum(-1)).clamp(min=1)
             unseen = (hidden @ symbols.unseen_row.to(hidden.dtype)).float() * self._scale() - rest.log()
         else:
-            variance = hidden.float().square().sum(-1) * config.embedding_std**2
-            if config.table == "orthonormal":
-                variance = self._outside_variance(variance, products, seen)
-            unseen = variance * (self._scale() ** 2 / 2)
+            unseen = self._unseen_logits(hidden, products, seen)
         return CollapsedDistribution(logits, unseen, met, first, seen, config.vocab_size)
+
+    def _logits_of_all(self, hidden: Tensor, symbols: Symbols, positions: Tensor | None) -> Tensor:
+        """Logits (sequences, positions, vocab_size) by the rows of all symbols; where unseen ones are collapsed, theirs
+        are replaced."""
+        assert symbols.table is not None
+        products = symbols.table.products(hidden).float()
+        if symbols.met is None:
+            return products * self._scale()
+        seen = self._seen_of_all(symbols, positions)
+        seen = seen if symbols.num_tables == 1 else seen.repeat_interleave(symbols.num_tables, dim=0)
+        unseen = self._unseen_logits(hidden, products, seen)
+        return torch.where(seen, products * self._scale(), unseen[..., None])
+
+    def _seen_of_all(self, symbols: Symbols, positions: Tensor | None) -> Tensor:
+        """Which symbols were met up to `positions` of the new tokens, or up to the last: (batch, positions, vocab_size)
+        bool"""
+        met, vocab_size = symbols.met, self.config.vocab_size
+        assert met is not None
+        columns = met.remainder(vocab_size + 1)  # padding in the last, which is cut off
+        if positions is None:
+            seen = torch.zeros(len(met), vocab_size + 1, dtype=torch.bool, device=met.device)
+            return seen.scatter_(1, columns, True)[:, None, :-1]
+        first = met.new_full((len(met), vocab_size + 1), met.shape[1])
+        places = torch.arange(met.shape[1], device=met.device).expand_as(met)
+        first = first.scatter_reduce_(1, columns, places, "amin")[:, :-1]
+        return first[:, None] <= (positions + symbols.start)[:, None]
+
+    def _unseen_logits(self, hidden: Tensor, products: Tensor, seen: Tensor) -> Tensor:
+        """The logit of each unseen symbol: (sequences, positions).
+
+        Args:
+            hidden: (sequences, positions, hidden_size).
+            products, seen: (sequences, positions, n), with rows, and which of them belong to symbols seen, each once.
+        """
+        squared, std = hidden.float().square().sum(-1), self.config.embedding_std
+        if self.config.table == "orthonormal":
+            return self._outside_variance(squared * std**2, products, seen) * (self._scale() ** 2 / 2)
+        return squared * (std**2 * self._scale() ** 2 / 2)
 
     def _outside_variance(self, squared: Tensor, products: Tensor, seen: Tensor) -> Tensor:
         """Of products with a row that is orthogonal to all that were seen: what of |h|^2 lies outside their span,

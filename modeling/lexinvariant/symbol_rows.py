@@ -13,6 +13,7 @@ Definition, with all arithmetic modulo 2^64 and `mix` the finalizer of SplitMix6
 from __future__ import annotations
 
 import math
+import re
 
 import torch
 from torch import Tensor
@@ -64,6 +65,8 @@ def random_rows(seeds: Tensor, tokens: Tensor, dim: int, tables: Tensor | int = 
     Returns:
         float32, the broadcast shape with `dim` behind it.
     """
+    if _is_compiled():
+        return _rows_behind_a_call(seeds, tokens, torch.as_tensor(tables, device=seeds.device), dim)
     states = row_states(seeds, tokens, tables)
     offsets = _G * torch.arange(1, (dim + 1) // 2 + 1, device=states.device)
     flat = states.flatten()
@@ -92,7 +95,42 @@ def _radius_and_angle(states: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
 
 def uniform_numbers(seeds: Tensor, tokens: Tensor, tables: Tensor | int = 0) -> Tensor:
     """One number in [0, 1) for every token, independent of its row: float64, of the broadcast shape."""
+    if _is_compiled():
+        return _numbers_behind_a_call(seeds, tokens, torch.as_tensor(tables, device=seeds.device))
     return _shifted(mix(row_states(seeds, tokens, tables)), 11).double() * 2.0**-53
+
+
+def _is_compiled() -> bool:
+    # What is exported has to run where these operators are not known.
+    return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+
+
+# Inductor (seen in torch 2.13, on CPUs) makes kernels for these integers that give other numbers, or write where they
+# must not, as soon as the seed is one that it knows. So compiled models call them as they stand. The name is the
+# module's, since code that travels with checkpoints is loaded more than once.
+_OPERATORS = re.sub(r"\W", "_", __name__)
+
+
+@torch.library.custom_op(f"{_OPERATORS}::rows", mutates_args=())
+def _rows_behind_a_call(seeds: Tensor, tokens: Tensor, tables: Tensor, dim: int) -> Tensor:
+    return random_rows(seeds, tokens, dim, tables).contiguous()
+
+
+@_rows_behind_a_call.register_fake
+def _(seeds: Tensor, tokens: Tensor, tables: Tensor, dim: int) -> Tensor:
+    shape = torch.broadcast_shapes(seeds.shape, tokens.shape, tables.shape)
+    return torch.empty(*shape, dim, device=seeds.device)
+
+
+@torch.library.custom_op(f"{_OPERATORS}::numbers", mutates_args=())
+def _numbers_behind_a_call(seeds: Tensor, tokens: Tensor, tables: Tensor) -> Tensor:
+    return uniform_numbers(seeds, tokens, tables)
+
+
+@_numbers_behind_a_call.register_fake
+def _(seeds: Tensor, tokens: Tensor, tables: Tensor) -> Tensor:
+    shape = torch.broadcast_shapes(seeds.shape, tokens.shape, tables.shape)
+    return torch.empty(shape, dtype=torch.float64, device=seeds.device)
 
 
 def random_permutations(

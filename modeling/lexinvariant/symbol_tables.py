@@ -63,6 +63,12 @@ class RandomTable:
         rows = random_rows(self.seeds[:, None], symbols, self.hidden_size, self.tables[:, None])
         return rows if self.std == 1.0 else rows * self.std
 
+    def of(self, sequence: int) -> RandomTable:
+        """That of one sequence."""
+        one = slice(sequence, sequence + 1)
+        permutations = None if self.permutations is None else self.permutations[one]
+        return replace(self, seeds=self.seeds[one], tables=self.tables[one], permutations=permutations)
+
     def all_rows(self, first: int = 0, last: int | None = None) -> Tensor:
         """Rows of the symbols `first..last - 1`: (sequences, last - first, hidden_size)"""
         symbols = torch.arange(first, self.vocab_size if last is None else last, device=self.seeds.device)
@@ -70,8 +76,10 @@ class RandomTable:
 
     def stored(self) -> StoredTable | RandomTable:
         """The same rows, computed now if they are few, for a table that is asked many times."""
-        few = len(self.seeds) * self.vocab_size * self.hidden_size <= _CHUNK_NUMBERS
-        return StoredTable(self.all_rows()) if few else self
+        if len(self.seeds) * self.vocab_size * self.hidden_size > _CHUNK_NUMBERS:
+            return self
+        rows = self.all_rows()
+        return StoredTable(rows[0] if len(rows) == 1 else rows)
 
     def products(self, hidden: Tensor) -> Tensor:
         return _ProductsWithRandomRows.apply(hidden, self)
@@ -135,6 +143,14 @@ class ExemptingTable:
         matches = symbols[..., None] == self.tokens
         exempt = functional.embedding(matches.long().argmax(-1), self.weight)
         return torch.where(matches.any(-1)[..., None], exempt.to(rows.dtype), rows)
+
+    def stored(self) -> Table:
+        """As `RandomTable.stored`."""
+        table = self.table.stored() if isinstance(self.table, RandomTable) else self.table
+        if isinstance(table, StoredTable) and table.permutations is None:
+            exempt = self.weight.to(table.weight.dtype).expand(*table.weight.shape[:-2], -1, -1)
+            return StoredTable(table.weight.index_copy(-2, self.tokens, exempt))
+        return replace(self, table=table)
 
     def products(self, hidden: Tensor) -> Tensor:
         exempt = hidden @ self.weight.to(hidden.dtype).T
