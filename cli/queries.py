@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rarezoo.auto import FAMILIES
+from rarezoo.auto import family_of_model_type
 from rarezoo.cli.checkpoints import language_of, load_retriever
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class QueryEncoder:
 
         self._encoder = encoder
         self._processor = processor
-        family = FAMILIES.get(getattr(getattr(encoder, "config", None), "model_type", ""))
+        family = family_of_model_type(getattr(getattr(encoder, "config", None), "model_type", None))
         self._multi_vector = family is not None and family.representation == "multi-vector"
         if language is not None and not self._multi_vector:
             raise ValueError(f"--language: {type(encoder).__name__} reads all languages alike, leave it out")

@@ -18,7 +18,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rarezoo.auto import FAMILIES, Family
+from rarezoo.auto import FAMILIES, Family, family_of_model_type
 from rarezoo.configs import list_presets, read_preset
 
 if TYPE_CHECKING:
@@ -183,8 +183,7 @@ def _read_config(folder: Path) -> tuple[Family, dict[str, Any]]:
     config = read_json(folder / "config.json", dict)
     if config is None:
         raise FileNotFoundError(f"{folder} is not a checkpoint folder: it has no config.json")
-    known = {family.model_type: family for family in FAMILIES.values()}
-    family = known.get(config.get("model_type", ""))
+    family = family_of_model_type(config.get("model_type"))
     if family is None and isinstance(config.get("tokenizer_transplant"), dict):
         family = FAMILIES["tokenizer_transplant"]
     if family is None:

@@ -151,6 +151,11 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+def family_of_model_type(model_type: str | None) -> Family | None:
+    """The family whose configurations have that `model_type`."""
+    return next((family for family in FAMILIES.values() if family.model_type == model_type), None)
+
+
 def family_of(checkpoint: str) -> str | None:
     """The name of the family that reads a checkpoint folder or Hub repository, also one in its official layout; None
     where there is none of either."""

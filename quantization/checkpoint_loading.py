@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rarezoo.auto import FAMILIES, Family, family_of
+from rarezoo.auto import FAMILIES, Family, family_of, family_of_model_type
 
 _LISTED_NAMES = 6
 # The files of a tokenizer, whichever library made it.
@@ -58,10 +58,12 @@ def load_config(source: str | os.PathLike[str]) -> tuple[Family, Any]:
 
     file = Path(str(cached_file(str(source), "config.json")))
     model_type = read_object(file).get("model_type")
-    name = model_type if model_type in FAMILIES else family_of(str(source))
+    known = family_of_model_type(model_type)
+    name = known.name if known is not None else family_of(str(source))
     if name is None:
+        types = ", ".join(sorted(family.model_type for family in FAMILIES.values()))
         raise ValueError(
-            f"{source} has model_type {model_type!r}; expected one of {', '.join(sorted(FAMILIES))}. "
+            f"{source} has model_type {model_type!r}; expected one of {types}. "
             "Other layouts are read by `rarezoo convert FAMILY SOURCE DESTINATION`"
         )
     try:

@@ -24,7 +24,7 @@ import torch
 from scipy.sparse import csr_matrix
 from tqdm.auto import tqdm
 
-from rarezoo.auto import FAMILIES
+from rarezoo.auto import family_of_model_type
 from rarezoo.quantization.checkpoint_loading import load_config, load_model, load_processor, load_tokenizer
 from rarezoo.quantization.next_token_fidelity import compare_next_tokens, random_tokens, tokenized
 
@@ -145,7 +145,7 @@ def _compare_outputs(models: Mapping[str, Any], processor: Any, texts: list[str]
 
 
 def _is_multi_vector(model: Any) -> bool:
-    family = FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""))
+    family = family_of_model_type(getattr(getattr(model, "config", None), "model_type", None))
     return family is not None and family.representation == "multi-vector"
 
 

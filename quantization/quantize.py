@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rarezoo.auto import FAMILIES, Family
+from rarezoo.auto import FAMILIES, Family, family_of_model_type
 from rarezoo.quantization.checkpoint_loading import (
     TOKENIZER_FILES,
     load_config,
@@ -119,7 +119,7 @@ def _read_source(source: Path) -> tuple[Family, dict[str, Any]]:
     if not file.is_file():
         raise FileNotFoundError(f"{source} is not a checkpoint folder: it has no config.json")
     config = read_object(file)
-    family = FAMILIES.get(config.get("model_type", ""))
+    family = family_of_model_type(config.get("model_type"))
     if family is None:
         raise ValueError(
             f"{source} holds a model of type {config.get('model_type')!r}; known families: {', '.join(FAMILIES)}. "

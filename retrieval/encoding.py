@@ -18,7 +18,7 @@ import numpy as np
 import scipy.sparse
 from tqdm.auto import tqdm
 
-from rarezoo.auto import FAMILIES
+from rarezoo.auto import family_of_model_type
 from rarezoo.retrieval import multi_vector_embeddings, sparse_embeddings, storage
 from rarezoo.retrieval.fingerprint import (
     adapter_fingerprint,
@@ -197,7 +197,7 @@ def make_vectors(
         raise ValueError(f"kind must be 'document' or 'query'; found {kind!r}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1; found {top_k}")
-    family = FAMILIES.get(getattr(model.config, "model_type", ""))
+    family = family_of_model_type(getattr(model.config, "model_type", None))
     if family is None or family.representation == "sparse":
         if language is not None:
             raise ValueError(f"language: {type(model).__name__} reads all languages alike, leave it out")

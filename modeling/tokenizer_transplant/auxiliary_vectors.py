@@ -348,7 +348,7 @@ def _linear_layers_by_onednn(encoder: nn.Module) -> Iterator[None]:
                 if "forward" not in vars(layer):  # nobody else has replaced it
                     layers.append(layer)
     for layer in layers:
-        layer.forward = partial(_onednn_linear, layer)  # type: ignore[method-assign]
+        layer.forward = partial(_onednn_linear, layer)
     try:
         yield
     finally:
