@@ -123,19 +123,20 @@ class _Tour:
         (output / "training.jsonl").write_text("".join(rows), encoding="utf-8")
         typer.echo(
             f"{len(self.texts):,} documentation strings of Python's library, {_characters(self.texts):,} characters, "
-            f"to learn from; the beginnings of {len(self.held_out)} others, {_characters(self.held_out):,} characters, "
-            "to measure with."
+            f"to learn from;\nthe beginnings of {len(self.held_out)} others, {_characters(self.held_out):,} "
+            "characters, to measure with. The first tokenizer is trained on one half, the others on the other."
         )
         self._train_tokenizers()
 
     def _train_tokenizers(self) -> None:
         from rarezoo.tokenizer_transplant.supertokens import train_supertokens, train_word_tokens
 
+        half = len(self.texts) // 2  # another text for the others, as other people's tokenizers have seen
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # few texts give fewer tokens
-            self.tokenizer = train_word_tokens(self.texts, _BASE_TOKENS, special_tokens=SPECIAL_TOKENS)
+            self.tokenizer = train_word_tokens(self.texts[:half], _BASE_TOKENS, special_tokens=SPECIAL_TOKENS)
             self.new_tokenizers = {
-                _WORDS: train_word_tokens(self.texts, _NEW_TOKENS, special_tokens=SPECIAL_TOKENS),
+                _WORDS: train_word_tokens(self.texts[half:], _NEW_TOKENS, special_tokens=SPECIAL_TOKENS),
                 _SUPERTOKENS: train_supertokens(self.texts, _NEW_TOKENS, special_tokens=SPECIAL_TOKENS, seed=self.seed),
             }
         text = self.held_out[0][:60]
@@ -156,7 +157,7 @@ class _Tour:
                 f"{name:12} {found['tokens']:6,} tokens, {found['tokens that the model has']:,} of them the model's; "
                 f"{found['characters per token']:.2f} characters per token"
             )
-            pieces = [tokenizer.decode([token_id]) for token_id in tokenizer(text)["input_ids"]]
+            pieces = tokenizer.batch_decode([[token_id] for token_id in tokenizer(text)["input_ids"]])
             show("text", "|".join(pieces).replace("\n", "⏎"))
 
     def train(self, steps: int, donor_steps: int) -> None:
@@ -166,8 +167,8 @@ class _Tour:
         self.tokenizer.save_pretrained(self.model_folder)
         self.donor = self._learned("donor", self.new_tokenizers[_WORDS], _DONOR_HIDDEN_SIZE, donor_steps)
         typer.echo(
-            "The model is the one to keep. The donor speaks the new tokenizer: omp describes new tokens by their place "
-            "among its embeddings."
+            "The model is the one to keep. The donor speaks the new tokenizer: omp describes new tokens by\ntheir "
+            "place among its embeddings."
         )
 
     def _learned(self, name: str, tokenizer: Any, hidden_size: int, steps: int) -> Any:
@@ -336,7 +337,7 @@ class _Tour:
         from transformers import AutoModelForCausalLM
 
         title("6. Write on, greedily, 24 tokens")
-        prompt = self.held_out[0][:40]
+        prompt = self.held_out[0][:40].rsplit(" ", 1)[0]
         show("text", prompt.replace("\n", " "))
         trained = AutoModelForCausalLM.from_pretrained(self.best.trained).eval()
         written = {}

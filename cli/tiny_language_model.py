@@ -128,17 +128,16 @@ def context_vectors(
     padded = np.concatenate([padding, reader, padding])
     size = len(tokenizers[0]) + 1
     strings: dict[str, int] = {}
-    counts = []
+    places = []
     for tokenizer in tokenizers:
         ids, starts, ends = _spans(tokenizer, texts)
         names = [strings.setdefault(text or "", len(strings)) for text in Vocabulary(tokenizer).texts]
         before = np.searchsorted(reader_ends, starts, "right") - 1 + window
         behind = np.searchsorted(reader_starts, ends, "left") + window
-        columns = [padded[before - step] + step * size for step in range(window)]
-        columns += [padded[behind + step] + (window + step) * size for step in range(window)]
-        rows = np.tile(np.array(names)[ids], len(columns))
-        counts.append((rows, np.concatenate(columns)))
-    rows, columns = (np.concatenate(part) for part in zip(*counts))
+        contexts = [padded[before - step] + step * size for step in range(window)]
+        contexts += [padded[behind + step] + (window + step) * size for step in range(window)]
+        places.append((np.tile(np.array(names)[ids], len(contexts)), np.concatenate(contexts)))
+    rows, columns = (np.concatenate(part) for part in zip(*places))
     table = sparse.coo_array((np.ones(len(rows)), (rows, columns)), shape=(len(strings), 2 * window * size)).tocsr()
     information = _pointwise_information(table)
     vectors = _decomposed(information, dimensions)

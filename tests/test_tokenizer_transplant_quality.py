@@ -56,13 +56,13 @@ def learned_model(tokenizer, texts, hidden_size, steps, seed=0):
 @pytest.fixture(scope="module")
 def base(texts):
     logging.disable_progress_bar()
-    tokenizer = train_word_tokens(texts[0], 500, special_tokens=SPECIAL_TOKENS)
+    tokenizer = train_word_tokens(texts[0][::2], 500, special_tokens=SPECIAL_TOKENS)
     return learned_model(tokenizer, texts[0], 64, 300), tokenizer
 
 
-def test_documentation_strings_are_read_once(texts):
-    learned, held_out = read_docstrings(200)
-    assert learned == texts[0] and len(set(learned + held_out)) == len(learned) + len(held_out)
+def test_documentation_strings_are_read_once():
+    learned, held_out = read_docstrings(40)
+    assert (learned, held_out) == read_docstrings(40) and len(set(learned + held_out)) == len(learned) + len(held_out)
     assert min(map(len, learned + held_out)) >= 100 and len(held_out) < len(learned) / 3
 
 
@@ -103,7 +103,7 @@ def test_context_vectors_are_of_the_context():
 def test_informed_methods_beat_those_that_know_nothing(base, texts):
     """Specification, acceptance 22, of methods that the benchmark found better than all baselines with every seed."""
     model, tokenizer = base
-    new = train_word_tokens(texts[0], 1500, special_tokens=SPECIAL_TOKENS)
+    new = train_word_tokens(texts[0][1::2], 1500, special_tokens=SPECIAL_TOKENS)
     donor = learned_model(new, texts[0], 48, 200, seed=1)
     auxiliary = context_vectors(texts[0], [tokenizer, new])
 
@@ -134,7 +134,7 @@ def test_informed_methods_beat_those_that_know_nothing(base, texts):
 
 def test_supertokens_from_the_tokens_contexts(base, texts):
     model, tokenizer = base
-    new = train_supertokens(texts[0], 1500, special_tokens=SPECIAL_TOKENS)
+    new = train_supertokens(texts[0][1::2], 1500, special_tokens=SPECIAL_TOKENS)
     auxiliary = context_vectors(texts[0], [tokenizer, new])
     bits = {}
     for method in (*BASELINES, "tokenadapt", "focus"):
