@@ -28,8 +28,8 @@ from .transplanting import TransplantContext
 _PEERS = ("focus", "wechsel")
 _FOCUS_SEED = 42
 _WECHSEL_SEED = 1234
-# Cosines whose sum is below this part of the sum of their amounts cancel out: no weights can be made of them.
-_LEAST_SUM = 1e-3
+# Cosines whose sum is below this part of the sum of their amounts cancel out: weights made of them would be many times 1.
+_LEAST_SUM = 0.1
 
 
 def focus(context: TransplantContext, *, key: str = "text", memory_budget: int = MEMORY_BUDGET) -> TransplantMatrix:
