@@ -28,7 +28,7 @@ from .transplanting import TransplantContext
 _PEERS = ("focus", "wechsel")
 _FOCUS_SEED = 42
 _WECHSEL_SEED = 1234
-# Cosines whose sum is below this part of the sum of their amounts cancel out: weights made of them would be many times 1.
+# Cosines whose sum is below this part of the sum of their amounts cancel out: weights would be many times 1.
 _LEAST_SUM = 0.1
 
 
