@@ -166,7 +166,10 @@ def transplant(
         ),
     ] = False,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the code that the base or an encoder brings.")
+        bool,
+        typer.Option(
+            "--trust-remote-code", help="Run the code that the base, a donor, a tokenizer or an encoder brings."
+        ),
     ] = False,
     json: JsonOption = False,
 ) -> None:
@@ -197,7 +200,7 @@ def transplant(
     _check_needs(method, donor, tokenizer, auxiliary)
     _check_holds_weights(base)
     if method == "mp_rope":
-        options = {**_rotary_options(base, str(donor)), **options}
+        options = {**_rotary_options(base, str(donor), trust_remote_code), **options}
     vectors = open_auxiliary(auxiliary, auxiliary_cache, compatibility, trust_remote_code) if auxiliary else None
     settings: dict[str, Any] = {
         "method": method,
@@ -213,10 +216,8 @@ def transplant(
         **options,
     }
     new_tokenizer = _read_tokens(Path(tokenizer)) if tokenizer.endswith(".txt") else tokenizer
-    if stored:
-        report = _write_stored(base, new_tokenizer, output, settings)
-    else:
-        report = _write_plain(base, new_tokenizer, output, settings, trust_remote_code)
+    settings["trust_remote_code"] = trust_remote_code
+    report = (_write_stored if stored else _write_plain)(base, new_tokenizer, output, settings)
     if json:
         print_json({"folder": str(output), **report.provenance, "notes": report.notes})
     else:
@@ -289,20 +290,23 @@ def _check_holds_weights(base: str) -> None:
 
 def _check_needs(method: str, donor: str | None, tokenizer: str, auxiliary: str | None) -> None:
     if method in _AUXILIARY_METHODS and auxiliary is None:
-        raise ValueError(f"--method {method} compares token texts: give --auxiliary (an encoder, or vectors)")
+        raise ValueError(
+            f"--method {method} compares token texts: give --auxiliary (an encoder, or vectors), or a --method that "
+            "needs none, such as retok"
+        )
     if donor == tokenizer and Path(tokenizer).exists() and not (Path(tokenizer) / "config.json").is_file():
         raise ValueError(
             f"--method {method} needs a model that uses the new tokenizer, and {tokenizer} holds none: give --donor"
         )
 
 
-def _rotary_options(base: str, donor: str) -> dict[str, Any]:
+def _rotary_options(base: str, donor: str, trust_remote_code: bool) -> dict[str, Any]:
     """What mp_rope must know of both models' attention."""
     from transformers import AutoConfig
 
     options: dict[str, Any] = {}
     for side, model in (("base", base), ("donor", donor)):
-        config = AutoConfig.from_pretrained(model).get_text_config()
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code).get_text_config()
         if not getattr(config, "rope_parameters", None):
             raise ValueError(f"--method mp_rope turns rows by rotary positions, which {model} does not have")
         options[f"{side}_heads"] = config.num_attention_heads
@@ -313,14 +317,12 @@ def _rotary_options(base: str, donor: str) -> dict[str, Any]:
 # --- the result -------------------------------------------------------------------------------------------------------
 
 
-def _write_plain(
-    base: str, tokenizer: str | list[str], output: Path, settings: dict[str, Any], trust_remote_code: bool
-) -> Any:
+def _write_plain(base: str, tokenizer: str | list[str], output: Path, settings: dict[str, Any]) -> Any:
     """Write a plain checkpoint; returns its report."""
     from rarezoo.tokenizer_transplant import transplant_checkpoint, transplant_tokenizer
 
     if _has_safetensors(base):
-        return transplant_checkpoint(base, tokenizer, output, trust_remote_code=trust_remote_code, **settings)
+        return transplant_checkpoint(base, tokenizer, output, **settings)
     result = transplant_tokenizer(base, tokenizer, **settings)
     result.save_pretrained(output)
     return result.report
@@ -342,6 +344,7 @@ def _write_stored(base: str, tokenizer: str | list[str], output: Path, settings:
 
     if not _has_safetensors(base):
         raise FileNotFoundError(f"{base} holds no {_WEIGHTS[0]}, by which --stored knows its base: save it as that")
+    _check_opens_without_its_code(base)
     result = transplant_tokenizer(base, tokenizer, **settings)
     stored_class = _stored_class(type(result.model).__name__)
     matrix, report, new_tokenizer = result.matrix, result.report, result.tokenizer
@@ -357,6 +360,17 @@ def _write_stored(base: str, tokenizer: str | list[str], output: Path, settings:
         new_tokenizer.save_pretrained(folder)
         report.save(folder / REPORT_NAME)
     return report
+
+
+def _check_opens_without_its_code(base: str) -> None:
+    """Trust in a stored checkpoint's code is not passed on to its base."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    config = read_config(base)
+    if config.get("auto_map") and config.get("model_type") not in CONFIG_MAPPING:
+        raise ValueError(
+            f"{base} brings its own code, which readers of a stored checkpoint do not run: leave out --stored"
+        )
 
 
 def _stored_class(name: str) -> Any:

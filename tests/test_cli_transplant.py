@@ -168,7 +168,7 @@ def test_a_flag_is_the_option_that_the_help_names(method, flags, options, tmp_pa
     for tensor in TABLES.values():
         assert torch.equal(found[tensor], expected[tensor])
     provenance = json.loads((tmp_path / "out" / "config.json").read_text())["tokenizer_transplant"]
-    assert provenance["auxiliary"] == auxiliary.get("auxiliary")
+    assert provenance["auxiliary"] == (AUXILIARY.name if auxiliary else None)
     assert {**provenance, "auxiliary": 0} == json.loads(json.dumps({**result.report.provenance, "auxiliary": 0}))
 
 
@@ -295,7 +295,7 @@ def test_an_encoders_vectors_are_kept(encoder, tmp_path, monkeypatch):
     for folder in ("first", "second"):
         assert torch.equal(weights(tmp_path / folder)[TABLES["input"]], expected[TABLES["input"]])
     provenance = json.loads((tmp_path / "first" / "config.json").read_text())["tokenizer_transplant"]
-    assert provenance["auxiliary"] == str(encoder)
+    assert provenance["auxiliary"] == encoder.name
 
 
 def test_sentence_transformers_pool_as_they_do_but_for_tokenadapt(encoder, tmp_path):
@@ -409,6 +409,39 @@ def test_what_cannot_be_stored_by_its_matrix(tmp_path):
     assert "the base is a T5ForConditionalGeneration: leave out --stored" in refused(*given, "--stored")
     assert not (tmp_path / "out").exists()
     assert "536 tokens" in call(*given).stdout
+
+
+@pytest.fixture(scope="module")
+def with_code(tmp_path_factory) -> Path:
+    """A Llama whose class and configuration only its own file knows."""
+    folder = tmp_path_factory.mktemp("with-code") / "base"
+    shutil.copytree(BASE, folder)
+    (folder / "own_llama.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n\n\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own_llama'\n\n\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    references = {"AutoConfig": "own_llama.OwnConfig", "AutoModelForCausalLM": "own_llama.OwnForCausalLM"}
+    config |= {"model_type": "own_llama", "architectures": ["OwnForCausalLM"], "auto_map": references}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_trust_reaches_all_that_is_loaded(with_code, plain, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *prompt: pytest.fail("asked whether code may be run"))
+    trusted = ("--trust-remote-code", "-a", "retok")
+    call("transplant", with_code, DONOR, tmp_path / "base", *trusted)
+    torch.testing.assert_close(weights(tmp_path / "base"), weights(plain), rtol=0, atol=0)
+    call("transplant", DONOR, with_code, tmp_path / "donor", "-a", "omp", "-k", "8", "--trust-remote-code")
+    call("transplant", DONOR, BASE, tmp_path / "same", "-a", "omp", "-k", "8")
+    torch.testing.assert_close(weights(tmp_path / "donor"), weights(tmp_path / "same"), rtol=0, atol=0)
+    result = transplant_tokenizer(with_code, str(DONOR), "retok", trust_remote_code=True)
+    assert type(result.model).__name__ == "OwnForCausalLM"
+    refusal = refused("transplant", with_code, DONOR, tmp_path / "stored", *trusted, "--stored")
+    assert "brings its own code" in refusal and "leave out --stored" in refusal
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        transplant_tokenizer(with_code, str(DONOR), "retok")
 
 
 # --- a Hub ------------------------------------------------------------------------------------------------------------

@@ -80,6 +80,21 @@ def trained():
     return {name: build(SIZES[name]) for name, build in SCHEMES.items()}
 
 
+def test_the_package_tells_its_names_and_the_methods_their_options():
+    from rarezoo import tokenizer_transplant
+
+    assert {*tokenizer_transplant.__all__} <= {*dir(tokenizer_transplant)}
+    for name in tokenizer_transplant.method_names():
+        method = tokenizer_transplant.find_method(name)
+        options = [one.name for one in inspect.signature(method).parameters.values() if one.kind is one.KEYWORD_ONLY]
+        assert all(option in method.__doc__ for option in options), name
+
+
+def test_a_fallback_is_a_list():
+    with pytest.raises(TypeError, match=r"write \['mean'\]"):
+        transplant_tokenizer(str(BASE), str(DONOR), "retok", fallback="mean")
+
+
 def test_every_method_is_tried():
     assert {name for name, _ in METHODS} == set(method_names())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -487,6 +488,8 @@ def train_transplanted(
         def write(scratch: Path) -> None:
             trained.save_pretrained(scratch)
             tokenizer.save_pretrained(scratch)
+            with suppress(OSError):  # which rows are new: for `new_row_ids` of a model that is trained again
+                shutil.copy(str(cached_file(str(recipe.model), REPORT_NAME)), scratch / REPORT_NAME)
 
         export_run(output_dir, write, trainer.state.log_history)
     processes.wait_for_everyone()

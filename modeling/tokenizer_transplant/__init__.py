@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .transplant_report import TransplantReport as TransplantReport
     from .transplanting import TransplantContext as TransplantContext
     from .transplanting import TransplantResult as TransplantResult
+    from .transplanting import find_method as find_method
     from .transplanting import method_names as method_names
     from .transplanting import mix as mix
     from .transplanting import plan_transplant as plan_transplant
@@ -47,6 +48,7 @@ _LAZY = {
     "compare_tokenizers": ".supertokens",
     "draw_comparison": ".supertokens",
     "encode_long_text": ".supertokens",
+    "find_method": ".transplanting",
     "match_vocabularies": ".token_bytes",
     "method_names": ".transplanting",
     "mix": ".transplanting",
@@ -67,3 +69,7 @@ def __getattr__(name: str):
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_LAZY[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

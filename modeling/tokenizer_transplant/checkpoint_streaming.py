@@ -166,7 +166,7 @@ def transplant_checkpoint(
         folder: the base's folder, with safetensors weights, or its name on the Hub.
         new_tokenizer, method, base_tokenizer, donor, compatibility, options: as of `transplant_tokenizer`.
         out: the folder to make; it must not exist, or be empty.
-        trust_remote_code: whether code of the folder may be run, where it brings its own classes.
+        trust_remote_code: whether code may be run that the base, the tokenizer or the donor brings.
 
     Returns:
         Where every row came from; also written as `transplant_report.json`.
@@ -178,8 +178,8 @@ def transplant_checkpoint(
     """
     _check_target(Path(out))
     checkpoint = StoredCheckpoint.open(_local(folder), trust_remote_code=trust_remote_code)
-    base_tokenizer = base_tokenizer_of(base_tokenizer, checkpoint.folder)
-    tokenizer = new_tokenizer_of(new_tokenizer, base_tokenizer)
+    base_tokenizer = base_tokenizer_of(base_tokenizer, checkpoint.folder, trust_remote_code)
+    tokenizer = new_tokenizer_of(new_tokenizer, base_tokenizer, trust_remote_code)
     input_table, head_table, _ = checkpoint.tables()
     matrix, report = plan_transplant(
         base_tokenizer,
@@ -187,7 +187,7 @@ def transplant_checkpoint(
         input_table,
         head_table,
         method,
-        donor_tables=donor_tables_of(donor, tokenizer),
+        donor_tables=donor_tables_of(donor, tokenizer, trust_remote_code),
         compatibility=compatibility,
         **options,
     )

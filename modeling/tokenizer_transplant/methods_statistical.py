@@ -39,7 +39,8 @@ def randn(context: TransplantContext) -> TransplantMatrix:
 
 
 def normal(context: TransplantContext, *, per_dimension: bool = True) -> TransplantMatrix:
-    """Every component is drawn from N(mean, standard deviation) of its dimension or (TokenAdapt) of the whole table."""
+    """Every component is drawn from N(mean, standard deviation) of its dimension or, with `per_dimension=False` (as
+    TokenAdapt), of the whole table."""
 
     def draw(rows: Tensor, noise: Tensor) -> Tensor:
         if per_dimension:

@@ -141,12 +141,12 @@ def register_method(name: str, method: Method) -> None:
 
 
 def method_names() -> list[str]:
-    """The names that `transplant_tokenizer(method=…)` knows."""
+    """The names that `transplant_tokenizer(method=…)` knows; `help(find_method(name))` shows the options of one."""
     return [*METHODS, *_OWN_METHODS]
 
 
 def find_method(name: str) -> Method:
-    """The method of that name. Raises ValueError that lists the known ones."""
+    """The method of that name; its docstring tells its options. Raises ValueError that lists the known ones."""
     if name in _OWN_METHODS:
         return _OWN_METHODS[name]
     if name not in METHODS:
@@ -262,6 +262,8 @@ def plan_transplant(
     Other arguments and errors: as `transplant_tokenizer`.
     """
     _check_arguments(compatibility, rescale, pad_to_multiple_of)
+    if isinstance(fallback, str):
+        raise TypeError(f"fallback must be a list of methods, found {fallback!r}: write [{fallback!r}]")
     if not (0 <= new_vocab_noise < math.inf and math.isfinite(new_vocab_scale)):
         raise ValueError(
             f"new_vocab_noise must be a number that is not negative, new_vocab_scale a number; found {new_vocab_noise} "
@@ -544,6 +546,7 @@ def transplant_tokenizer(
     pad_to_multiple_of: int = 1,
     seed: int = 0,
     dtype: torch.dtype | str | None = None,
+    trust_remote_code: bool = False,
     **options: Any,
 ) -> TransplantResult:
     """Give a pretrained model another tokenizer: new embedding tables and head, everything else untouched.
@@ -565,7 +568,8 @@ def transplant_tokenizer(
         compatibility: "tokenadapt", "mergekit", "focus" or "wechsel" reproduces that peer, its matching, fallback and
             defects included.
         special_map: {new token: base token} whose row it takes, before all other rules.
-        fallback: methods, in order, for rows that the method leaves undefined; by default ReTok, then the mean.
+        fallback: methods (or pairs of one and its options), in order, for rows that the method leaves undefined; by
+            default ReTok, then the mean.
         prefix_match, byte_match: "no", "yes", "embed" (input table) or "lm_head" (head): instead of what the method
             makes, the row of the base's longest prefix of the token, or of its single byte.
         magikarp: copy and use only tokens that base and donor have trained well (Fishing for Magikarp, arXiv
@@ -576,16 +580,20 @@ def transplant_tokenizer(
         pad_to_multiple_of: rows of the new tables are a multiple of it; padding rows are never generated.
         seed: of all draws.
         dtype: in which a model is loaded; by default the checkpoint's.
-        options: the method's own: `weight`, `temperature`, `top_k`, `threshold`, `k`, …; see the method.
+        trust_remote_code: whether code may be run that a model or tokenizer to be loaded brings.
+        options: the method's own: `weight`, `temperature`, `top_k`, `threshold`, `k`, …; `help(find_method("omp"))`
+            shows those of OMP.
 
     Raises:
         ValueError: unknown methods, rules and options; what a method needs and does not get; tables, tokenizers and
             donors that do not fit each other; adapters that saved embeddings; quantized tables.
         TypeError: tokenizers without a fast backend.
     """
-    model = _load_model(model_or_path, dtype) if isinstance(model_or_path, (str, os.PathLike)) else model_or_path
-    base_tokenizer = base_tokenizer_of(base_tokenizer, model_or_path)
-    tokenizer = new_tokenizer_of(new_tokenizer, base_tokenizer)
+    model = model_or_path
+    if isinstance(model_or_path, (str, os.PathLike)):
+        model = _load_model(model_or_path, dtype, trust_remote_code)
+    base_tokenizer = base_tokenizer_of(base_tokenizer, model_or_path, trust_remote_code)
+    tokenizer = new_tokenizer_of(new_tokenizer, base_tokenizer, trust_remote_code)
     input_table, head_table, _ = base_tables(model)
     matrix, report = plan_transplant(
         base_tokenizer,
@@ -593,7 +601,7 @@ def transplant_tokenizer(
         input_table,
         head_table,
         method,
-        donor_tables=donor_tables_of(donor, tokenizer),
+        donor_tables=donor_tables_of(donor, tokenizer, trust_remote_code),
         auxiliary=auxiliary,
         match=match,
         compatibility=compatibility,
@@ -615,9 +623,11 @@ def transplant_tokenizer(
     return TransplantResult(model, tokenizer, report, matrix)
 
 
-def _load_model(path: str | os.PathLike, dtype: torch.dtype | str | None) -> Any:
+def _load_model(path: str | os.PathLike, dtype: torch.dtype | str | None, trust_remote_code: bool) -> Any:
     """The model with the head that the checkpoint names."""
-    config = transformers.AutoConfig.from_pretrained(path)
+    config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    brought = getattr(config, "auto_map", None) or {}
+    loading = {"dtype": dtype or "auto", "trust_remote_code": trust_remote_code}
     architectures = config.architectures or []
     for auto_class in (
         transformers.AutoModelForCausalLM,
@@ -627,12 +637,13 @@ def _load_model(path: str | os.PathLike, dtype: torch.dtype | str | None) -> Any
     ):
         known = auto_class._model_mapping.get(type(config), None)
         names = [member.__name__ for member in (known if isinstance(known, (list, tuple)) else [known]) if member]
+        names.append(str(brought.get(auto_class.__name__)).rpartition(".")[2])
         if set(names) & set(architectures):
-            return auto_class.from_pretrained(path, dtype=dtype or "auto")
-    return transformers.AutoModel.from_pretrained(path, dtype=dtype or "auto")
+            return auto_class.from_pretrained(path, **loading)
+    return transformers.AutoModel.from_pretrained(path, **loading)
 
 
-def base_tokenizer_of(tokenizer: Any, model_or_path: Any) -> Any:
+def base_tokenizer_of(tokenizer: Any, model_or_path: Any, trust_remote_code: bool) -> Any:
     if tokenizer is not None and not isinstance(tokenizer, (str, os.PathLike)):
         return tokenizer
     source = tokenizer or model_or_path
@@ -640,13 +651,13 @@ def base_tokenizer_of(tokenizer: Any, model_or_path: Any) -> Any:
         source = getattr(model_or_path.config, "_name_or_path", "")
     if not source:
         raise ValueError("the model does not tell where it came from: give its present tokenizer as base_tokenizer")
-    return transformers.AutoTokenizer.from_pretrained(source)
+    return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
 
 
-def new_tokenizer_of(new_tokenizer: Any, base_tokenizer: Any) -> Any:
+def new_tokenizer_of(new_tokenizer: Any, base_tokenizer: Any, trust_remote_code: bool) -> Any:
     """A tokenizer of our own, which may be changed."""
     if isinstance(new_tokenizer, (str, os.PathLike)):
-        return transformers.AutoTokenizer.from_pretrained(new_tokenizer)
+        return transformers.AutoTokenizer.from_pretrained(new_tokenizer, trust_remote_code=trust_remote_code)
     if isinstance(new_tokenizer, (list, tuple)):
         extended = copy.deepcopy(base_tokenizer)
         extended.add_tokens(list(new_tokenizer))
@@ -654,20 +665,21 @@ def new_tokenizer_of(new_tokenizer: Any, base_tokenizer: Any) -> Any:
     return copy.deepcopy(new_tokenizer)
 
 
-def donor_tables_of(donor: Any, tokenizer: Any) -> tuple[Tensor, Tensor | None] | None:
+def donor_tables_of(donor: Any, tokenizer: Any, trust_remote_code: bool) -> tuple[Tensor, Tensor | None] | None:
     if donor is None or isinstance(donor, tuple):
         return donor
     if isinstance(donor, (str, os.PathLike)):
-        theirs, ours = transformers.AutoTokenizer.from_pretrained(donor).get_vocab(), tokenizer.get_vocab()
+        donors_tokenizer = transformers.AutoTokenizer.from_pretrained(donor, trust_remote_code=trust_remote_code)
+        theirs, ours = donors_tokenizer.get_vocab(), tokenizer.get_vocab()
         differing = [token for token, token_id in ours.items() if theirs.get(token) != token_id]
         if differing:
             raise ValueError(
                 f"the donor's tokenizer is not the new one: {len(differing)} tokens differ, such as {min(differing)!r}"
             )
         if any(Path(donor).glob("*.safetensors")):  # its tables alone, mapped into memory
-            checkpoint = importlib.import_module(".checkpoint_streaming", __package__).StoredCheckpoint.open(donor)
-            return checkpoint.tables()[:2]
-        donor = _load_model(donor, None)
+            streaming = importlib.import_module(".checkpoint_streaming", __package__)
+            return streaming.StoredCheckpoint.open(donor, trust_remote_code=trust_remote_code).tables()[:2]
+        donor = _load_model(donor, None, trust_remote_code)
     input_table, head_table, _ = base_tables(donor)
     return input_table.detach(), None if head_table is None else head_table.detach()
 
