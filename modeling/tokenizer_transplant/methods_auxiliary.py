@@ -23,7 +23,7 @@ from .auxiliary_vectors import AuxiliaryVectors, as_auxiliary_vectors
 from .nearest_tokens import MEMORY_BUDGET, nearest_tokens, sparsemax_tokens
 from .token_bytes import Vocabulary
 from .transplant_matrix import SourceKind, TransplantMatrix
-from .transplanting import TransplantContext
+from .transplanting import TransplantContext, check_count
 
 _PEERS = ("focus", "wechsel")
 _FOCUS_SEED = 42
@@ -144,8 +144,8 @@ def clp(
     Raises:
         ValueError: with neither donor nor auxiliary vectors, where no matched token has one, and for `top_k < 1`.
     """
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, found {top_k}")
+    if top_k is not None:
+        check_count("top_k", top_k)
     vectors, has_vector = _helper_vectors(context)
     anchors, base_ids = _anchors(context, "clp", has_vector)
     known = _known(context, has_vector)
@@ -251,8 +251,7 @@ def _aligned_base_vectors(
 
 
 def _check_neighbours(neighbors: int, temperature: float) -> None:
-    if neighbors < 1:
-        raise ValueError(f"neighbors must be at least 1, found {neighbors}")
+    check_count("neighbors", neighbors)
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, found {temperature}")
 
@@ -284,6 +283,9 @@ def _nearest_rows(
     if not len(base_ids):
         raise ValueError(f"none of the base's {len(base_has)} tokens has an auxiliary vector")
     known = _known(context, has_vector)
+    if not known.any():  # word vectors that know none of the words have no width either
+        nothing = torch.empty(0, 0)
+        return _combinations(context, known, base_ids, nothing.long(), nothing)
     found = nearest_tokens(
         vectors[context.targets[known]], base_vectors[base_ids], neighbors, memory_budget=memory_budget
     )

@@ -11,6 +11,7 @@ token's true text. With `compatibility`, texts are what the peer takes them for:
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ from .auxiliary_vectors import as_auxiliary_vectors
 from .nearest_tokens import nearest_tokens
 from .token_bytes import ROLES, mergekit_mark
 from .transplant_matrix import SourceKind, TransplantMatrix, blend
-from .transplanting import TransplantContext
+from .transplanting import TransplantContext, check_count
 
 _TEMPERATURE_FLOOR = 1e-5  # added to the temperature, as TokenAdapt does
 _REPLACEMENT = "\ufffd"
@@ -62,7 +63,7 @@ def tokenadapt(
     Raises:
         ValueError: without auxiliary vectors, and for options outside their range.
     """
-    _check_options(weight, temperature, top_k, local_score_temperature, length_weight)
+    _check_options(weight, temperature, top_k, threshold, local_score_temperature, length_weight)
     auxiliary = as_auxiliary_vectors(context.require_auxiliary("tokenadapt"))
     temperature += _TEMPERATURE_FLOOR
 
@@ -80,14 +81,17 @@ def tokenadapt(
     return matrix.replaced(missing, second(context.with_targets(context.targets[missing]))) if len(missing) else matrix
 
 
-def _check_options(weight: float, temperature: float, top_k: int, score_temperature: float, length: float) -> None:
+def _check_options(
+    weight: float, temperature: float, top_k: int, threshold: float, score_temperature: float, length: float
+) -> None:
     for name, value in (("weight", weight), ("length_weight", length)):
         if not 0 <= value <= 1:
             raise ValueError(f"{name} must lie between 0 and 1, found {value}")
-    if temperature < 0 or score_temperature <= 0:
-        raise ValueError(f"temperatures must be positive, found {temperature} and {score_temperature}")
-    if top_k < 1:
-        raise ValueError(f"top_k must be at least 1, found {top_k}")
+    if not (0 <= temperature < math.inf and 0 < score_temperature < math.inf):
+        raise ValueError(f"temperatures must be positive numbers, found {temperature} and {score_temperature}")
+    if math.isnan(threshold):
+        raise ValueError(f"threshold must be a number, found {threshold}")
+    check_count("top_k", top_k)
 
 
 def _local_rows(
@@ -272,10 +276,15 @@ def resolved_mapping(
     base_ids, new_ids = context.base.tokenizer.get_vocab(), context.new.tokenizer.get_vocab()
     resolved = {}
     for new, sources in mapping.items():
-        pairs = [(sources, 1.0)] if isinstance(sources, (str, int)) else [(old, float(p)) for old, p in sources]
+        try:
+            pairs = [(sources, 1.0)] if isinstance(sources, (str, int)) else [(old, float(p)) for old, p in sources]
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{new!r} must be mapped to a base token or to pairs [base token, weight], found {sources!r}"
+            ) from error
         total = sum(share for _, share in pairs)
-        if not total > 0 or any(share < 0 for _, share in pairs):
-            raise ValueError(f"the weights that {new!r} is mapped with must be positive, found {pairs}")
+        if not 0 < total < math.inf or any(share < 0 for _, share in pairs):
+            raise ValueError(f"the weights that {new!r} is mapped with must be positive and finite, found {pairs}")
         new_id = _token_id(new, new_ids, context.new.size, "new")
         kept = [(_token_id(old, base_ids, context.base_rows, "base"), share / total) for old, share in pairs if share]
         resolved[new_id] = kept
@@ -290,8 +299,13 @@ def read_mapping(path: str | os.PathLike, min_count: int = 10) -> dict[str | int
     """
     path = Path(path)
     if path.suffix == ".json":
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return content if isinstance(content, dict) else {new: sources for new, sources in content}
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return content if isinstance(content, dict) else {new: sources for new, sources in content}
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path.name} must hold JSON, a list [[new token, [[old token, weight], …]], …] or an object: {error}"
+            ) from error
     if path.suffix != ".tsv":
         raise ValueError(f"expected a mapping in .json or .tsv, found {path.name}")
     counts: dict[str | int, Counter] = {}

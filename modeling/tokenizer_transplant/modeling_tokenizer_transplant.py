@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -366,7 +367,13 @@ def base_of(base: str, checkpoint: str | Path) -> str:
     if not base:
         raise ValueError(f"{checkpoint} names no base (base_model_name_or_path is empty)")
     sibling = Path(checkpoint) / base
-    return str(sibling) if not Path(base).exists() and sibling.exists() else base
+    if Path(base).exists() or not sibling.exists():
+        if base.startswith((".", os.sep)) and not Path(base).exists():
+            raise FileNotFoundError(
+                f"the base of {checkpoint} is not at {base}: tell where it is now by base_model_name_or_path"
+            )
+        return base
+    return str(sibling)
 
 
 def _sums(model: torch.nn.Module) -> dict[str, int]:

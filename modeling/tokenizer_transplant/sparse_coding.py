@@ -11,6 +11,7 @@ Places that a target does not use stand last, with index -1 and weight 0.
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -566,5 +567,7 @@ def _checked_pair(targets: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check_count(count: int, anchors: int) -> None:
+    if not isinstance(count, Integral):
+        raise ValueError(f"k must be an integer, found {count!r}")
     if not 1 <= count <= anchors:
         raise ValueError(f"k must be between 1 and the number of anchors, {anchors}; found {count}")

@@ -16,15 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .transplant_matrix import SourceKind, TransplantMatrix
+from .transplant_matrix import NEVER, SourceKind, TransplantMatrix
 
 # Configuration fields that count the rows of a vocabulary table.
 _SIZE_FIELDS = ("vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input")
 # Roles that a tokenizer names itself; other ids of a configuration are translated by the copies of the matrix.
 _ROLES = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
 _SEQUENCE_FIELDS = ("bad_words_ids", "force_words_ids")
-# The logit bias of ids without a token: below every real logit, and finite in every dtype.
-_NEVER = -1e4
 _MARKER = re.compile(r"<\|[^|<>]+\|>|</?[A-Za-z_]+>|\[/?[A-Z_]+\]")
 
 
@@ -164,7 +162,7 @@ def new_vocabulary_tensor(
     padding = padding_ids(matrix).to(rows.device)
     if kind.role == "bias":
         new = torch.stack([matrix.apply_bias(column) for column in rows.unbind(1)], 1)
-        new[padding] = _NEVER
+        new[padding] = NEVER
     else:
         new = matrix.apply(rows, head=kind.role == "head" and not as_input)
         if len(padding):

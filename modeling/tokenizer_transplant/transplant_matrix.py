@@ -15,12 +15,13 @@ from enum import IntEnum
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 _FORMAT = "transplant_matrix"  # the one key of the file's metadata: of several, the order would be random
 _FORMAT_VERSION = 1
+NEVER = -1e4  # the head bias of ids without a token: below every real logit, and finite in every dtype
 _ROWS_AT_ONCE = 4_096  # new rows per block: bounds the float32 copy of the base rows that they read
 
 
@@ -281,11 +282,14 @@ class TransplantMatrix:
 
     def apply_bias(self, bias: Tensor) -> Tensor:
         """The new head bias `(rows,)` from the base's `(base_rows,)`: the head's own combinations, so that logits stay
-        linear in them; rows with a dense part, which are no combination, get the mean of the base's biases."""
+        linear in them; rows with a dense part, which are no combination, get the mean of the base's biases, without
+        those of ids that have no token (`NEVER`, from an earlier transplantation)."""
         rows = self.rows_for(head=True)
         sparse = CombinationRows(rows.offsets, rows.base_ids, rows.weights, torch.full((len(rows),), -1))
         new = sparse.apply(bias[:, None])[:, 0]
-        new[(rows.dense_positions >= 0).to(new.device)] = bias.double().mean().to(new.dtype)
+        real = bias[bias > NEVER / 2].double()
+        mean = real.mean() if len(real) else bias.new_zeros(())
+        new[(rows.dense_positions >= 0).to(new.device)] = mean.to(new.dtype)
         return new
 
     def counts(self) -> dict[str, int]:
@@ -306,12 +310,15 @@ class TransplantMatrix:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> TransplantMatrix:
-        """Read what `save` wrote. Raises ValueError for another kind of safetensors file."""
-        with safe_open(path, "pt") as file:
-            heading = json.loads((file.metadata() or {}).get(_FORMAT, "{}"))
-            if heading.get("version") != _FORMAT_VERSION:
-                raise ValueError(f"{path} holds no transplant matrix of version {_FORMAT_VERSION}; found {heading}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        """Read what `save` wrote. Raises ValueError for another kind of safetensors file, and for a damaged one."""
+        try:
+            with safe_open(path, "pt") as file:
+                heading = json.loads((file.metadata() or {}).get(_FORMAT, "{}"))
+                if heading.get("version") != _FORMAT_VERSION:
+                    raise ValueError(f"{path} holds no transplant matrix of version {_FORMAT_VERSION}; found {heading}")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or truncated ({error}): download it again") from error
         head = _restored("head", tensors) if "head.lengths" in tensors else None
         return cls(tensors["kinds"], _restored("input", tensors), heading["base_rows"], head)
 

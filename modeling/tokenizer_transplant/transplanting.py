@@ -15,6 +15,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -207,8 +208,10 @@ def mix(parts: Sequence[tuple[Any, float]]) -> MethodMix:
         normalised, in every row over the parts that define it.
     """
     named = [(*_named_method(method), float(weight)) for method, weight in parts]
-    if not named or any(weight < 0 for *_, weight in named) or not sum(weight for *_, weight in named) > 0:
-        raise ValueError(f"a mix needs methods with weights that are not negative, and not all zero: {list(parts)}")
+    if not all(0 <= weight < math.inf for *_, weight in named) or not sum(weight for *_, weight in named) > 0:
+        raise ValueError(
+            f"a mix needs methods with finite weights that are not negative, and not all zero: {list(parts)}"
+        )
     return MethodMix(tuple(named))
 
 
@@ -303,6 +306,8 @@ def plan_transplant(
     if magikarp:
         partial["base_ids"] = context.anchors[1]
     matrix = _matrix(context, matches, chain, pad_to_multiple_of, zeroed, partial)
+    if head_table is None:  # a head that is tied, with its bias, has the rows of the input table
+        matrix = replace(matrix, head=None)
     if rescale == "mean_norm":
         matrix = _rescaled(matrix, context)
     if new_vocab_noise or new_vocab_scale != 1:
@@ -363,8 +368,15 @@ def _check_arguments(compatibility: str | None, rescale: str, pad_to_multiple_of
         raise ValueError(f"compatibility must be None or one of {', '.join(_PEERS)}; found {compatibility!r}")
     if rescale not in ("none", "mean_norm"):
         raise ValueError(f"rescale must be 'none' or 'mean_norm', found {rescale!r}")
-    if pad_to_multiple_of < 1:
-        raise ValueError(f"pad_to_multiple_of must be at least 1, found {pad_to_multiple_of}")
+    check_count("pad_to_multiple_of", pad_to_multiple_of)
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raises ValueError for what is no integer from 1 on."""
+    if not isinstance(value, Integral):
+        raise ValueError(f"{name} must be an integer, found {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, found {value}")
 
 
 def _check_donor(tables: tuple[Tensor, Tensor | None] | None, new: Vocabulary) -> None:
@@ -460,7 +472,8 @@ def _rescaled(matrix: TransplantMatrix, context: TransplantContext) -> Transplan
     ids = torch.tensor([token_id for token_id in context.base.used_ids if token_id < context.base_rows])
 
     def scaled(rows, table: Tensor):
-        norms = rows.apply(table).float().norm(dim=1).cpu()
+        # Of the rows in float32: rounded ones would have other norms, and the result would be rounded twice.
+        norms = rows.apply(table.detach().float()).norm(dim=1).cpu()
         target = table[ids.to(table.device)].float().norm(dim=1).mean().cpu()
         return rows.scaled(torch.where(norms > 0, target / norms.clamp(min=1e-30), 1.0))
 
@@ -512,8 +525,8 @@ class TransplantResult:
         save_options: for the model's `save_pretrained`. Raises FileExistsError for a folder that is not empty.
         """
         folder = Path(folder)
-        if folder.exists() and any(folder.iterdir()):
-            raise FileExistsError(f"{folder} is not empty: give another folder, or empty it")
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise FileExistsError(f"{folder} is a file or is not empty: give another folder, or empty it")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
             new = Path(beside) / folder.name
@@ -640,6 +653,10 @@ def _load_model(path: str | os.PathLike, dtype: torch.dtype | str | None, trust_
         names.append(str(brought.get(auto_class.__name__)).rpartition(".")[2])
         if set(names) & set(architectures):
             return auto_class.from_pretrained(path, **loading)
+    for name in architectures:  # with a head of another kind, which AutoModel would leave out
+        named = getattr(transformers, name, None)
+        if named is not None and issubclass(named, transformers.PreTrainedModel):
+            return named.from_pretrained(path, dtype=loading["dtype"])
     return transformers.AutoModel.from_pretrained(path, **loading)
 
 

@@ -9,7 +9,7 @@ LookUp: lists of 3 to 10 pairs of random ids out of 64, Gaussian tables, only th
 prompts of 8 pairs, with those ids and with ids below a million that training never showed. One thread throughout; the
 whole of a run counts, with what the Trainer does around the steps.
 
-    python benchmarks/learning_lexinvariant.py
+    python benchmarks/bench_lexinvariant_training.py
 """
 
 from __future__ import annotations
