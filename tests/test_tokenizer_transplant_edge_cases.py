@@ -1,4 +1,4 @@
-"""Defects that were found by cases of another hand than the methods': each by the smallest case that shows it."""
+"""Cases at the edges: heads by their class, padding biases, faulty settings, roundings, damaged files."""
 
 import copy
 import json

@@ -28,8 +28,8 @@ from .transplanting import TransplantContext, check_count
 _PEERS = ("focus", "wechsel")
 _FOCUS_SEED = 42
 _WECHSEL_SEED = 1234
-# Cosines whose sum is below this part of the sum of their amounts cancel out: weights would be many times 1.
-_LEAST_SUM = 0.1
+# Cosines whose sum is below this part of the sum of their amounts cancel out: no weights can be made of them.
+_LEAST_SUM = 1e-3
 
 
 def focus(context: TransplantContext, *, key: str = "text", memory_budget: int = MEMORY_BUDGET) -> TransplantMatrix:

@@ -315,7 +315,9 @@ def plan_transplant(
     settings = {
         "match": rule,
         "special_map": dict(special_map or {}),
-        "auxiliary": as_json(auxiliary) if isinstance(auxiliary, (str, os.PathLike, type(None))) else _kind(auxiliary),
+        "auxiliary": as_json(auxiliary)
+        if isinstance(auxiliary, (str, os.PathLike, type(None)))
+        else type(auxiliary).__name__,
         "prefix_match": prefix_match,
         "byte_match": byte_match,
         "magikarp": magikarp,
@@ -399,10 +401,6 @@ def _without_mapped(
     base_ids[mapped], kinds[mapped] = -1, int(SourceKind.UNDEFINED)
     matches = Matches(base_ids, kinds, matches.without_row)
     return replace(context, matched=base_ids), matches
-
-
-def _kind(auxiliary: Any) -> str:
-    return type(auxiliary).__name__
 
 
 def _well_trained(context: TransplantContext, matches: Matches) -> tuple[TransplantContext, Matches, Tensor]:
