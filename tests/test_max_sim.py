@@ -353,6 +353,19 @@ def test_without_onednn_as_with_it(generator, passes, monkeypatch):
     assert_exact(query, documents)
 
 
+def test_little_is_kept(generator, monkeypatch):
+    """A small set takes what its vectors need, and what very long documents need is given back."""
+    monkeypatch.setattr(module, "_processor_has_bfloat16_products", lambda: True)
+    prepared = PackedDocuments(ragged(generator, [3, 5]))
+    for tensor in (prepared.vectors, prepared._rough.blocks[0]):
+        assert tensor.untyped_storage().nbytes() <= 4 * 10 * DIM + 64
+    monkeypatch.setattr(module, "_memory", module._ThreadMemory())
+    monkeypatch.setattr(module, "_KEPT_BYTES", 2**16)
+    query, documents = unit_vectors(generator, 4), ragged(generator, [2_000, 30])
+    np.testing.assert_allclose(max_sim(query, documents).numpy(), brute_force([query], documents), atol=1e-5)
+    assert not module._memory.kept
+
+
 def test_threads_do_not_share_memory(generator, passes):
     """What a thread keeps between calls is its own: answers beside other threads are those of one alone."""
     cases = [(unit_vectors(generator, 8), ragged(generator, generator.integers(1, 40, 200))) for _ in range(4)]

@@ -25,7 +25,8 @@ SIMILARITIES = ("cosine", "l2")
 # Vectors of documents that are compared at once: on a CPU, they and their similarities stay in the cache.
 _BLOCK_VECTORS = {"cpu": 12_288, "cuda": 262_144}
 _HUGE_BYTES = 2**22  # from here on, numpy asks for huge pages
-_ALIGNMENT = 64
+_KEPT_BYTES = 2**25
+_ALIGNMENT = 64  # bytes
 _BLOCK_SIMILARITIES = {"cpu": 2**18, "cuda": 2**26}
 _QUERY_ROWS = 4_096
 _FEW_CANDIDATES = 4  # times top_k: so many exact scores cost less than excluding some of them
@@ -318,13 +319,13 @@ def _blocks(
 
     With `reused_as`, a dtype, all blocks lie in the same memory, so that each is gone when the next one is asked for.
     """
-    chosen = _planned_blocks(items, vectors, positions)
+    planned = _planned_blocks(items, vectors, positions)
     buffer = None
-    if reused_as is not None and chosen:
-        first, dim = items[chosen[0][0][0]], items[chosen[0][0][0]].shape[1]
-        rows = _rounded_up(max(len(block) * longest for block, longest in chosen))
-        buffer = _memory.of("block", rows * dim, reused_as, first.device).view(rows, dim)
-    for block, longest in chosen:
+    if reused_as is not None and planned:
+        dim, device = items[0].shape[1], items[0].device
+        rows = _rounded_up(max(len(block) * longest for block, longest in planned))
+        buffer = _memory.of("block", rows * dim, reused_as, device).view(rows, dim)
+    for block, longest in planned:
         yield block, _filled_up([items[position] for position in block], longest, buffer)
 
 
@@ -362,19 +363,19 @@ def _filled_up(items: list[Tensor], length: int, buffer: Tensor | None) -> Tenso
 
 
 class _ThreadMemory(threading.local):
-    """Memory for intermediate results, which a thread keeps (some megabytes) and overwrites: to be given fresh pages
-    takes the system longer than many a product."""
+    """Memory for intermediate results, which a thread keeps and overwrites: to be given fresh pages takes the system
+    longer than many a product. More than `_KEPT_BYTES` of a kind (very long documents or queries) are not kept."""
 
     def __init__(self):
         self.kept: dict[str, Tensor] = {}
 
     def of(self, name: str, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """`(count,)`, whatever it holds; the same memory for the same name."""
-        if device.type != "cpu":
-            return torch.empty(count, dtype=dtype, device=device)
         size = count * dtype.itemsize
+        if device.type != "cpu" or size > _KEPT_BYTES:
+            return torch.empty(count, dtype=dtype, device=device)
         if name not in self.kept or len(self.kept[name]) < size:
-            self.kept[name] = _new_memory(size, torch.uint8)
+            self.kept[name] = _new_memory(max(size, _HUGE_BYTES), torch.uint8)
         return self.kept[name][:size].view(dtype)
 
 
@@ -384,7 +385,7 @@ _memory = _ThreadMemory()
 def _new_memory(count: int, dtype: torch.dtype) -> Tensor:
     """`(count,)` on the CPU. numpy asks for it in huge pages where it is large, which torch does not: to find the small
     ones costs a product of large matrices up to a fifth of its time."""
-    array = np.empty(max(count * dtype.itemsize, _HUGE_BYTES) + _ALIGNMENT, np.uint8)
+    array = np.empty(count * dtype.itemsize + _ALIGNMENT, np.uint8)
     start = -array.ctypes.data % _ALIGNMENT
     return torch.from_numpy(array)[start : start + count * dtype.itemsize].view(dtype)
 
