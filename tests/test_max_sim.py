@@ -1,5 +1,7 @@
 """MaxSim and exact reranking against float64 brute force in numpy and against the official scores."""
 
+import sys
+import types
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -64,10 +66,22 @@ def generator():
 
 @pytest.fixture(params=["bfloat16, float32", "float32"])
 def passes(request, monkeypatch):
-    """Whether there is a pass in bfloat16, which every processor can compute, though slowly; always one in float32."""
-    bfloat16 = request.param.startswith("bfloat16")
-    monkeypatch.setattr(module, "_processor_has_bfloat16_products", lambda: bfloat16)
+    """Whether there is a pass in bfloat16, also over few vectors; always one in float32."""
     monkeypatch.setattr(module, "_FEW_CANDIDATES", 1)
+    if request.param.startswith("bfloat16"):
+        request.getfixturevalue("kernel")
+    else:
+        monkeypatch.setattr(module, "_bfloat16_kernel", lambda: None)
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """The compiled pass in bfloat16, also over few vectors."""
+    compiled = module._bfloat16_kernel()
+    if compiled is None:
+        pytest.skip("the pass in bfloat16 needs a processor with AVX-512 BF16")
+    monkeypatch.setattr(module, "_KERNEL_VECTORS", 1)
+    return compiled
 
 
 @pytest.fixture(scope="module")
@@ -314,17 +328,23 @@ def test_rerank_of_vectors_of_any_size(generator, passes, scale):
 
 @pytest.mark.parametrize(
     ("approximate", "is_prepared", "largest", "left"),
-    [("bfloat16", True, 0.3, 60), ("float32", True, 2e-3, 12), ("float32", False, 2e-3, 12)],
+    [
+        ("bfloat16", True, 0.15, 40),
+        ("bfloat16", False, 0.15, 40),
+        ("float32", True, 2e-3, 12),
+        ("float32", False, 2e-3, 12),
+    ],
 )
-def test_error_bounds_hold_and_exclude(generator, monkeypatch, approximate, is_prepared, largest, left):
-    monkeypatch.setattr(module, "_processor_has_bfloat16_products", lambda: True)
+def test_error_bounds_hold_and_exclude(generator, request, approximate, is_prepared, largest, left):
     query = unit_vectors(generator, 32, 128)
     documents = ragged(generator, generator.integers(1, 90, 300), 128)
     exact = brute_force([query], documents)[0].astype(np.float32)
+    if approximate == "bfloat16":
+        kernel = request.getfixturevalue("kernel")
     prepared = PackedDocuments(documents) if is_prepared else None
     reranking = module._Reranking(query, documents, prepared)
     if approximate == "bfloat16":
-        found = reranking._approximate_bfloat16(prepared._rough)
+        found = reranking._approximate_bfloat16(kernel, list(range(300)))
     else:
         found = reranking._approximate_float32(list(range(300)))
     assert sorted(found.positions.tolist()) == list(range(300))
@@ -334,15 +354,81 @@ def test_error_bounds_hold_and_exclude(generator, monkeypatch, approximate, is_p
     assert 10 <= len(reranking._narrowed(found, 10)) <= left
 
 
-def test_bfloat16_bound_is_reached(monkeypatch):
-    """The query, the document and their product, 257, are all rounded down, and the errors lie along the vectors."""
-    monkeypatch.setattr(module, "_processor_has_bfloat16_products", lambda: True)
+def test_bfloat16_bound_is_reached(kernel):
+    """The query and the document are rounded down, and the errors lie along the vectors."""
     vectors = torch.zeros(1, DIM)
     vectors[0, 0], vectors[0, 1] = 16 * (1 + 0.999 * 2.0**-8), 1 + 0.999 * 2.0**-8
     exact = brute_force([vectors], [vectors])[0, 0]
-    prepared = PackedDocuments([vectors])
-    _, scores, bounds = module._Reranking(vectors, [vectors], prepared)._approximate_bfloat16(prepared._rough)
-    assert 0.99 * bounds.item() < exact - scores.item() <= bounds.item()
+    for prepared in (PackedDocuments([vectors]), None):
+        _, scores, bounds = module._Reranking(vectors, [vectors], prepared)._approximate_bfloat16(kernel, [0])
+        assert 0.99 * bounds.item() < exact - scores.item() <= bounds.item()
+
+
+@pytest.mark.parametrize("dim", [16, 48, 128])
+@pytest.mark.parametrize("queries", [1, 16, 32, 33, 70])
+def test_compiled_maxima(generator, monkeypatch, kernel, dim, queries):
+    """Of documents around every edge of a tile, in any number of threads, against products in float64."""
+    query, documents = unit_vectors(generator, queries, dim), ragged(generator, [*range(30), 100, 0], dim)
+    packed, lengths = PackedDocuments(documents), np.array([len(document) for document in documents])
+    expected = torch.full((len(documents), queries), -torch.inf, dtype=torch.float64)
+    for row, document in enumerate(documents):
+        if len(document):
+            expected[row] = (document.bfloat16().double() @ query.bfloat16().double().T).amax(0)
+    rounded = torch.cat(documents).bfloat16()
+    assert torch.equal(packed._rough, rounded)
+    starts = np.cumsum(lengths) - lengths
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=threads: count)
+        monkeypatch.setattr(sys.modules[kernel.max_sim_maxima.__module__], "_VECTORS_PER_THREAD", 64)
+        for vectors in (rounded, packed.vectors):
+            addresses = vectors.data_ptr() + starts * dim * vectors.element_size()
+            found, squares = kernel.max_sim_maxima(query.bfloat16(), addresses, lengths, vectors.dtype)
+            torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-6)
+        errors = [
+            float((item - item.bfloat16().float()).double().square().sum(1).max()) for item in documents if len(item)
+        ]
+        torch.testing.assert_close(squares[lengths > 0, 1].double(), torch.tensor(errors).double(), rtol=1e-5, atol=0)
+
+
+def test_vectors_that_the_kernel_does_not_take(generator, kernel):
+    """Other dtypes, other dimensions and rows that are apart go by the pass in float32 and give the same answers."""
+    query, documents = unit_vectors(generator, 8), ragged(generator, generator.integers(1, 9, 60))
+    assert module._kernel_for(documents) is kernel
+    apart = [torch.cat([document, document], dim=1)[:, :DIM] for document in documents]
+    assert not apart[0].is_contiguous() or len(apart[0]) == 1
+    expected = rerank(query, documents)
+    for given in (apart, [document.double() for document in documents]):
+        assert module._kernel_for(given) is None
+        assert torch.equal(rerank(query, given).positions, expected.positions)
+    odd = ragged(generator, generator.integers(1, 9, 60), 10)
+    assert module._kernel_for(odd) is None
+    assert_exact(unit_vectors(generator, 8, 10), odd)
+
+
+def test_without_numba_or_where_it_fails(generator, monkeypatch):
+    name = f"{module.__name__.rpartition('.')[0]}.max_sim_kernel"
+    query, documents = unit_vectors(generator, 8), ragged(generator, generator.integers(1, 9, 60))
+    monkeypatch.setattr(module, "_KERNEL_VECTORS", 1)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setitem(sys.modules, name, None)
+    module._bfloat16_kernel.cache_clear()
+    try:
+        assert module._bfloat16_kernel() is None
+        assert_exact(query, documents)
+        module._bfloat16_kernel.cache_clear()
+        monkeypatch.setitem(sys.modules, name, BrokenModule(name))
+        with pytest.warns(UserWarning, match="goes on without its compiled loops, which numba refuses: no such type"):
+            assert module._bfloat16_kernel() is None
+    finally:
+        monkeypatch.undo()
+        module._bfloat16_kernel.cache_clear()
+
+
+class BrokenModule(types.ModuleType):
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise RuntimeError("no such type")
 
 
 def test_without_onednn_as_with_it(generator, passes, monkeypatch):
@@ -353,11 +439,10 @@ def test_without_onednn_as_with_it(generator, passes, monkeypatch):
     assert_exact(query, documents)
 
 
-def test_little_is_kept(generator, monkeypatch):
+def test_little_is_kept(generator, monkeypatch, kernel):
     """A small set takes what its vectors need, and what very long documents need is given back."""
-    monkeypatch.setattr(module, "_processor_has_bfloat16_products", lambda: True)
     prepared = PackedDocuments(ragged(generator, [3, 5]))
-    for tensor in (prepared.vectors, prepared._rough.blocks[0]):
+    for tensor in (prepared.vectors, prepared._rough):
         assert tensor.untyped_storage().nbytes() <= 4 * 10 * DIM + 64
     monkeypatch.setattr(module, "_memory", module._ThreadMemory())
     monkeypatch.setattr(module, "_KEPT_BYTES", 2**16)

@@ -14,6 +14,7 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,11 +30,10 @@ _KEPT_BYTES = 2**25
 _ALIGNMENT = 64  # bytes
 _BLOCK_SIMILARITIES = {"cpu": 2**18, "cuda": 2**26}
 _QUERY_ROWS = 4_096
+_KERNEL_VECTORS = 2**15  # fewer are compared in the time that numba takes to be imported
 _FEW_CANDIDATES = 4  # times top_k: so many exact scores cost less than excluding some of them
 _ROW_STEP = 256  # rows of products are multiples of it: oneDNN compiles a kernel for every shape that it has not met
 
-_BFLOAT16_UNIT_ROUNDOFF = 2.0**-8
-_BFLOAT16_EXPONENT = 0x7F80  # its bits, without sign and fraction
 _OVERFLOW = 2.0**120  # far below where sums of products could become infinite, and their differences NaN
 _FLOAT32_UNIT_ROUNDOFF = 2.0**-24
 
@@ -49,19 +49,10 @@ class Ranking(NamedTuple):
     scores: Any
 
 
-class _Rough(NamedTuple):
-    """The documents that have vectors, with every vector d given as d' in bfloat16, in blocks of similar length."""
-
-    blocks: list[Tensor]  # (length, documents of the block, dim): maxima over the first dimension are taken fastest
-    positions: Tensor  # (documents,) int64, those of the blocks' documents in turn
-    norms: Tensor  # (documents,) float64, not below the norm of any d of the document
-    errors: Tensor  # (documents,) float64, not below the norm of any d - d'
-
-
 class PackedDocuments:
     """The vectors of many documents in one tensor, prepared once for `rerank`; `max_sim` takes it too.
 
-    Holds float32 vectors and, on processors that multiply bfloat16 matrices quickly, a copy in bfloat16: 6 bytes per
+    Holds float32 vectors and, where `rerank` has a pass in bfloat16 over so many, a copy in bfloat16: 6 bytes per
     component. Documents without vectors are allowed.
 
     documents, lengths, mask: as `documents`, `document_lengths`, `document_mask` of `max_sim`; taken as float32.
@@ -76,32 +67,26 @@ class PackedDocuments:
             self.lengths = [len(item) for item in items]
             self.vectors = _packed(items)
             self._items = list(self.vectors.split(self.lengths))
-            self._norms = torch.zeros(len(items), device=self.vectors.device, dtype=torch.float64)
-            self._rough: _Rough | None = None
-            self._prepare()
+            self._lengths = np.array(self.lengths, np.int64)
+            self._rough: Tensor | None = None  # the vectors in bfloat16
+            # (documents,) float64: not below the norm of any vector, and of any vector minus its copy in bfloat16.
+            self._norms, self._errors = self._prepared()
+            _refuse_non_finite("document", self._items, self._norms, range(len(self)))
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def _prepare(self) -> None:
-        memory = None
-        if _multiplies_bfloat16_quickly(self.vectors):
-            rows = sum(len(block) * longest for block, longest in _planned_blocks(self._items, _BLOCK_VECTORS["cpu"]))
-            memory = _new_memory(rows * self.vectors.shape[1], torch.bfloat16)
-        blocks, order, all_norms, all_errors = [], [], [], []
+    def _prepared(self) -> tuple[Tensor, Tensor]:
+        kernel = _kernel_for(self._items)
+        if kernel is not None:
+            self._rough = _new_memory(self.vectors.numel(), torch.bfloat16).view(self.vectors.shape)
+            squares = kernel.rounded_to_bfloat16(self.vectors, self._rough, self._lengths)
+            bounds = _upper_bounds(squares.sqrt(), self.vectors.shape[1])
+            return bounds[:, 0], bounds[:, 1]
+        norms = torch.zeros(len(self), device=self.vectors.device, dtype=torch.float64)
         for positions, block in _blocks(self._items, _BLOCK_VECTORS["cpu"], reused_as=torch.float32):
-            norms = _largest_norms(block)
-            _refuse_non_finite("document", self._items, norms, positions)
-            self._norms[positions] = norms
-            if memory is not None:
-                rough, memory = memory[: block.numel()], memory[block.numel() :]
-                rough = rough.view(block.shape[1], len(block), -1).copy_(block.transpose(0, 1))
-                all_errors.append(_largest_norms(block - rough.transpose(0, 1)))  # the difference is exact (Sterbenz)
-                all_norms.append(norms)
-                blocks.append(rough)
-                order += positions
-        if blocks:
-            self._rough = _Rough(blocks, torch.tensor(order), torch.cat(all_norms), torch.cat(all_errors))
+            norms[positions] = _largest_norms(block)
+        return norms, torch.zeros_like(norms)
 
 
 def max_sim(
@@ -187,9 +172,10 @@ def rerank(query, documents, top_k: int = 10, *, query_mask=None, document_lengt
     float32: it depends on nothing but the query and that document. Documents with equal scores stand in the order of
     their positions, documents without vectors last, with -inf.
 
-    Most documents are excluded earlier, by a pass in bfloat16 (over `PackedDocuments`, on processors that are fast at
-    it) and one in float32, each with an error bound (`_error_bounds`): what the bound cannot exclude goes on to the
-    next pass, so that hard cases cost time, never a wrong order.
+    Most documents are excluded earlier, by a pass in bfloat16 (over many vectors in float32, where numba is installed
+    and the processor has AVX-512 BF16: `max_sim_kernel.py`) and one in float32, each with an error bound
+    (`_error_bounds`): what the bound cannot exclude goes on to the next pass, so that hard cases cost time, never a
+    wrong order.
 
     Raises TypeError or ValueError as `max_sim`, and for top_k < 1.
     """
@@ -424,8 +410,8 @@ class _Reranking:
         lengths = self.prepared.lengths if self.prepared else [document.shape[0] for document in self.documents]
         candidates = [position for position, length in enumerate(lengths) if length]
         many = _FEW_CANDIDATES * top_k
-        if self.prepared is not None and self.prepared._rough is not None and len(candidates) > many:
-            candidates = self._narrowed(self._approximate_bfloat16(self.prepared._rough), top_k)
+        if len(candidates) > many and (kernel := self._kernel()) is not None:
+            candidates = self._narrowed(self._approximate_bfloat16(kernel, candidates), top_k)
         if len(candidates) > many:
             candidates = self._narrowed(self._approximate_float32(candidates), top_k)
         empty = [position for position, length in enumerate(lengths) if not length] if len(candidates) < top_k else []
@@ -439,7 +425,7 @@ class _Reranking:
         certainly below it is below all of them, whatever the order among equal scores."""
         positions, scores, bounds = approximate
         floor = self._exact(positions[scores.topk(top_k).indices].tolist()).min()
-        excluded = scores + bounds < floor  # false for NaN, after an overflow
+        excluded = scores + bounds < floor  # false for infinite bounds
         return sorted(positions[~excluded].tolist())
 
     def _exact(self, positions: list[int]) -> Tensor:
@@ -457,18 +443,29 @@ class _Reranking:
             _refuse_non_finite("document", self.documents, torch.stack(sums_of_first), new)
         return torch.stack([self.known[position] for position in positions]).float()
 
-    def _approximate_bfloat16(self, rough: _Rough) -> _Approximate:
+    def _kernel(self) -> Any:
+        if self.prepared is None:
+            return _kernel_for(self.documents)
+        return None if self.prepared._rough is None else _bfloat16_kernel()
+
+    def _approximate_bfloat16(self, kernel: Any, candidates: list[int]) -> _Approximate:
         query = self.query.bfloat16()
-        largest = float(_norms(query.double()).max()) * float((rough.norms + rough.errors).max())
-        # The bits of bfloat16 numbers that are not negative are in the order of the numbers, and above those of the
-        # others: as integers they are compared in a quarter of the time. NaN would be out of order.
-        maxima = _block_maxima(query, rough.blocks, torch.int16) if largest < _OVERFLOW else None
-        if maxima is None or bool((maxima.view(torch.int16) < 0).any()):
-            maxima = _block_maxima(query, rough.blocks, torch.bfloat16)
-        bounds = _error_bounds(self.query_float64, torch.bfloat16, rough.norms, rough.errors)
-        powers = (maxima.view(torch.int16) & _BFLOAT16_EXPONENT).view(torch.bfloat16)  # of two, not above the maxima
-        bounds += _BFLOAT16_UNIT_ROUNDOFF * powers.sum(1, dtype=torch.float64)
-        return _Approximate(rough.positions, maxima.sum(1, dtype=torch.float64), bounds)
+        dim = query.shape[1]
+        if self.prepared is None:
+            lengths = np.array([self.documents[position].shape[0] for position in candidates], np.int64)
+            addresses = np.array([self.documents[position].data_ptr() for position in candidates], np.int64)
+            maxima, squares = kernel.max_sim_maxima(query, addresses, lengths, torch.float32)
+            norms, errors = _upper_bounds(squares.sqrt(), dim).unbind(1)
+            _refuse_non_finite("document", self.documents, norms, candidates)
+        else:
+            rough, lengths = self.prepared._rough, self.prepared._lengths
+            addresses = rough.data_ptr() + (np.cumsum(lengths) - lengths) * (dim * rough.element_size())
+            maxima, _ = kernel.max_sim_maxima(query, addresses, lengths, torch.bfloat16)
+            norms, errors = self.prepared._norms, self.prepared._errors
+            if len(candidates) < len(lengths):
+                maxima, norms, errors = maxima[candidates], norms[candidates], errors[candidates]
+        bounds = _error_bounds(self.query_float64, torch.bfloat16, norms, errors)
+        return _Approximate(torch.tensor(candidates), maxima.sum(1, dtype=torch.float64), bounds)
 
     def _approximate_float32(self, candidates: list[int]) -> _Approximate:
         order, best, norms = [], [], []
@@ -484,19 +481,6 @@ class _Reranking:
         return _Approximate(torch.tensor(order, device=maxima.device), maxima.sum(1, dtype=torch.float64), bounds)
 
 
-def _block_maxima(query: Tensor, blocks: list[Tensor], compared_as: torch.dtype) -> Tensor:
-    """The best similarity of every query vector in every document, `(documents, query vectors)` in the query's dtype;
-    the products of all blocks lie in the same memory."""
-    largest = max(block[..., 0].numel() for block in blocks)
-    memory = _memory.of("products", largest * len(query), query.dtype, query.device)
-    best = []
-    for block in blocks:
-        rows = block.flatten(0, 1)
-        products = torch.mm(rows, query.T, out=memory[: len(rows) * len(query)].view(len(rows), len(query)))
-        best.append(products.view(compared_as).view(len(block), -1).amax(0).view(-1, len(query)))
-    return torch.cat(best).view(query.dtype)
-
-
 def _error_bounds(query: Tensor, dtype: torch.dtype, norms: Tensor, errors: Tensor) -> Tensor:
     """How far a score from products of `dtype` can be from the exact score, `(documents,)` float64, if the products
     themselves are float32.
@@ -509,11 +493,11 @@ def _error_bounds(query: Tensor, dtype: torch.dtype, norms: Tensor, errors: Tens
     <q', d'> is computed in float32, in any order, every product rounded at most once and added: the error is at most
     gamma |q'| |d'|, where gamma = n u / (1 - n u) for n = dim + 1 roundings of u = 2^-24. (dim + 8) 2^-23 is more than
     twice that, enough for kernels whose additions truncate. Where float32 matrix products are allowed to round their
-    factors to bfloat16 or TF32, 2^-6 covers that. (A product rounded to bfloat16 at last moves by at most 2^-8 of the
-    power of two below the result, which is for the caller to add.) Numbers below 2^-126 may have become 0 anywhere:
-    `underflow`. If all computed similarities of a document are within r of the exact ones, so is their maximum, and the
-    errors of the query vectors add up. The exact score's own rounding to float32, 2^-24 of at most |q| |d| per query
-    vector, and the float64 roundings here are within the slack of gamma.
+    factors to bfloat16 or TF32, 2^-6 covers that. Numbers below 2^-126 may have become 0 anywhere: `underflow`. No sum
+    becomes infinite on its way where |q'| |d'| is below `_OVERFLOW`; elsewhere the bound is infinite. If all computed
+    similarities of a document are within r of the exact ones, so is their maximum, and the errors of the query vectors
+    add up. The exact score's own rounding to float32, 2^-24 of at most |q| |d| per query vector, and the float64
+    roundings here are within the slack of gamma.
     """
     dim = query.shape[1]
     rounded = query.to(dtype).double()
@@ -521,8 +505,10 @@ def _error_bounds(query: Tensor, dtype: torch.dtype, norms: Tensor, errors: Tens
     if dtype is torch.float32 and not _float32_products_are_full():
         gamma += 2.0**-6
     underflow = 2.0**-126 * query.numel() * (1 + norms)
-    lost, kept = _norms(query - rounded).sum(), _norms(rounded).sum()
-    return lost * norms + kept * errors + gamma * kept * (norms + errors) + underflow
+    query_norms = _norms(rounded)
+    lost, kept = _norms(query - rounded).sum(), query_norms.sum()
+    bounds = lost * norms + kept * errors + gamma * kept * (norms + errors) + underflow
+    return torch.where(query_norms.max() * (norms + errors) < _OVERFLOW, bounds, torch.inf)
 
 
 def _norms(vectors: Tensor) -> Tensor:
@@ -530,10 +516,14 @@ def _norms(vectors: Tensor) -> Tensor:
 
 
 def _largest_norms(block: Tensor) -> Tensor:
-    """Upper bounds of the norms in every document of a float32 block, in float64; they cover the rounding of the norms
-    and squares that became 0."""
-    dim = block.shape[2]
-    return _norms(block).amax(1).double() * (1 + (dim + 8) * _FLOAT32_UNIT_ROUNDOFF) + dim * 2.0**-62
+    """Upper bounds of the norms in every document of a float32 block, in float64."""
+    return _upper_bounds(_norms(block).amax(1), block.shape[2])
+
+
+def _upper_bounds(norms: Tensor, dim: int) -> Tensor:
+    """Numbers not below norms that were computed in float32, in float64; they cover the rounding of the norms and
+    squares that became 0."""
+    return norms.double() * (1 + (dim + 8) * _FLOAT32_UNIT_ROUNDOFF) + dim * 2.0**-62
 
 
 def _float32_products_are_full() -> bool:
@@ -543,16 +533,30 @@ def _float32_products_are_full() -> bool:
         return False
 
 
-def _multiplies_bfloat16_quickly(like: Tensor) -> bool:
-    return like.device.type == "cpu" and bool(torch.backends.mkldnn.enabled) and _processor_has_bfloat16_products()
+def _kernel_for(documents: list[Tensor]) -> Any:
+    """`max_sim_kernel` where it takes these documents and they are enough for it."""
+    if not documents or documents[0].device.type != "cpu" or sum(map(len, documents)) < _KERNEL_VECTORS:
+        return None
+    kernel = _bfloat16_kernel()
+    if kernel is None or documents[0].shape[1] % kernel.LANES:
+        return None
+    fitting = all(document.dtype is torch.float32 and document.is_contiguous() for document in documents)
+    return kernel if fitting else None
 
 
 @lru_cache
-def _processor_has_bfloat16_products() -> bool:
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.cpu, "get_capabilities"):
-        return False
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+def _bfloat16_kernel() -> Any:
+    """The compiled functions of `max_sim_kernel.py`; None without numba or AVX-512 BF16."""
+    if not hasattr(torch.cpu, "get_capabilities") or not torch.cpu.get_capabilities().get("avx512_bf16"):
+        return None
+    try:
+        from .max_sim_kernel import LANES, max_sim_maxima, rounded_to_bfloat16
+    except ImportError:
+        return None
+    except Exception as error:  # of numba's or LLVM's: another version than those known
+        warnings.warn(f"reranking goes on without its compiled loops, which numba refuses: {error}", stacklevel=2)
+        return None
+    return SimpleNamespace(LANES=LANES, max_sim_maxima=max_sim_maxima, rounded_to_bfloat16=rounded_to_bfloat16)
 
 
 # --- inputs -----------------------------------------------------------------------------------------------------------
