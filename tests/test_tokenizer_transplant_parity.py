@@ -21,7 +21,7 @@ from rarezoo.tokenizer_transplant import (
     register_method,
     transplant_tokenizer,
 )
-from rarezoo.tokenizer_transplant.transplant_matrix import SourceKind, blend
+from rarezoo.tokenizer_transplant.transplant_matrix import CombinationRows, SourceKind, blend
 
 FIXTURES = Path(__file__).parent / "fixtures" / "tokenizer_transplant"
 BASE, DONOR = FIXTURES / "base_model", FIXTURES / "donor_model"
@@ -471,6 +471,34 @@ def test_dependence_on_other_rows_is_none(tokenizers, tables, auxiliary):
     matrix, _ = plan(tokenizers, tables, auxiliary=auxiliary)
     chosen = torch.tensor([535, 3, 291, 258, 0])
     assert torch.equal(matrix.select(chosen).apply(tables[0]), matrix.apply(tables[0])[chosen])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_rows_are_sums_in_the_order_of_their_entries(dtype):
+    """Of any width, copies and dense parts among them, against a loop over the entries; columns are independent."""
+    generator = torch.Generator().manual_seed(0)
+    indices = torch.randint(-1, 50, (90, 5), generator=generator)
+    weights = torch.where(indices >= 0, torch.randn(90, 5, generator=generator), 0.0)
+    indices[::3, 1:], weights[::3] = -1, 1.0
+    dense = torch.randn(90, 301, generator=generator)
+    table = torch.randn(60, 301, generator=generator).to(dtype)
+    for part in (None, dense):
+        rows = CombinationRows.from_padded(indices, weights, part)
+        working = torch.promote_types(dtype, torch.float32)
+        expected = torch.zeros(90, 301, dtype=torch.float64)
+        for row, (ids, shares) in enumerate(zip(indices.tolist(), weights.tolist())):
+            for id_, share in zip(ids, shares):
+                expected[row] += table[id_].double() * share if id_ >= 0 else 0
+        expected += 0 if part is None else part
+        found = rows.apply(table)
+        assert found.dtype == dtype
+        allowed = 8 * max(torch.finfo(dtype).eps / 8, torch.finfo(working).eps)
+        torch.testing.assert_close(found.double(), expected, atol=allowed * 4, rtol=allowed)
+        if part is None:
+            copies = (indices[::3, 0] >= 0).nonzero()[:, 0]
+            assert torch.equal(found[::3][copies], table[indices[::3, 0][copies]])
+            for columns in (slice(0, 1), slice(100, 140), slice(128, 256), slice(250, 301)):
+                assert torch.equal(rows.apply(table[:, columns]), found[:, columns])
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from torch import Tensor
 _FORMAT = "transplant_matrix"  # the one key of the file's metadata: of several, the order would be random
 _FORMAT_VERSION = 1
 NEVER = -1e4  # the head bias of ids without a token: below every real logit, and finite in every dtype
-_ROWS_AT_ONCE = 4_096  # new rows per block: bounds the float32 copy of the base rows that they read
+_COLUMNS_AT_ONCE = 128  # of a table that is combined: bounds the float32 copy of the base rows that are read
 
 
 class SourceKind(IntEnum):
@@ -130,11 +130,11 @@ class CombinationRows:
         self._check_fits(table)
         new = torch.empty(len(self), table.shape[1], dtype=table.dtype, device=table.device)
         with torch.no_grad():
-            for start in range(0, len(self), _ROWS_AT_ONCE):
-                stop = min(start + _ROWS_AT_ONCE, len(self))
-                new[start:stop] = self._block(table, start, stop).to(table.dtype)
-            copies = self._copies().nonzero()[:, 0]
+            is_copy = self._copies()
+            copies, others = is_copy.nonzero()[:, 0], (~is_copy).nonzero()[:, 0]
             new[copies.to(new.device)] = table[self.base_ids[self.offsets[copies]].to(table.device)]
+            if len(others):
+                self.select(others)._combine(table, new, others.to(new.device))
         return new
 
     def _copies(self) -> Tensor:
@@ -143,26 +143,28 @@ class CombinationRows:
         single[single.clone()] = self.weights[self.offsets[:-1][single]] == 1
         return single
 
-    def _block(self, table: Tensor, start: int, stop: int) -> Tensor:
+    def _combine(self, table: Tensor, new: Tensor, positions: Tensor) -> None:
+        """Write the rows to `positions` of `new`, a few columns at a time: what is gathered then stays in the cache."""
         working = torch.float64 if table.dtype == torch.float64 else torch.float32
-        first, last = int(self.offsets[start]), int(self.offsets[stop])
-        needed, places = self.base_ids[first:last].unique(return_inverse=True)
-        if len(needed):
+        is_read = torch.zeros(len(table), dtype=torch.bool).index_fill_(0, self.base_ids, True)
+        needed, places = (
+            is_read.nonzero()[:, 0].to(table.device),
+            (is_read.cumsum(0) - 1)[self.base_ids].to(table.device),
+        )
+        offsets, weights = self.offsets.to(table.device), self.weights.to(table.device, working)
+        with_dense = (self.dense_positions >= 0).nonzero()[:, 0]
+        for start in range(0, table.shape[1], _COLUMNS_AT_ONCE):
+            columns = slice(start, start + _COLUMNS_AT_ONCE)
+            part = table[:, columns]
+            read = (part if len(needed) == len(table) else part[needed]).to(working).contiguous()
             # A sparse product: every bag is summed by one thread, in the order of its entries.
             rows = torch.nn.functional.embedding_bag(
-                places.to(table.device),
-                table[needed.to(table.device)].to(working),
-                (self.offsets[start : stop + 1] - first).to(table.device),
-                mode="sum",
-                per_sample_weights=self.weights[first:last].to(table.device, working),
-                include_last_offset=True,
+                places, read, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
             )
-        else:
-            rows = torch.zeros(stop - start, table.shape[1], dtype=working, device=table.device)
-        positions = self.dense_positions[start:stop]
-        if self.dense is not None and bool((positions >= 0).any()):
-            rows[positions >= 0] += self.dense[positions[positions >= 0]].to(table.device, working)
-        return rows
+            if self.dense is not None:
+                dense = self.dense[self.dense_positions[with_dense], columns]
+                rows[with_dense.to(rows.device)] += dense.to(table.device, working)
+            new[:, columns].index_copy_(0, positions, rows.to(table.dtype))
 
     def _check_fits(self, table: Tensor) -> None:
         if len(self.base_ids) and int(self.base_ids.max()) >= len(table):
