@@ -4,10 +4,12 @@
 `test_common_checkpoints.py::test_every_family_has_a_case`, unless its checkpoints hold no weights.
 """
 
+import copy
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -40,6 +42,7 @@ class Case:
             initialization.
         suite_skips: the same part -> those of them that cannot apply, with the reason.
         quantization_config: fields that give the widths which 4-bit layers need (multiples of 64).
+        suite_class: model class -> the one that transformers' own common tests get, which save what they build.
         faulty_configs: configuration fields that must be refused, with a pattern of the message.
     """
 
@@ -58,11 +61,16 @@ class Case:
     trained: Callable[[str], bool] = lambda name: True
     suite_configs: dict[str, dict[str, Any]] = field(default_factory=lambda: {"": {}})
     suite_skips: dict[str, dict[str, str]] = field(default_factory=dict)
+    suite_class: Callable[[type], type] = lambda model_class: model_class
     quantization_config: dict[str, Any] = field(default_factory=dict)
     faulty_configs: tuple[tuple[dict[str, Any], str], ...] = ()
 
     def make_config(self, **overrides):
         return FAMILIES[self.family].config_class()(**{**self.config, **overrides})
+
+    def fields(self) -> dict[str, Any]:
+        """Some of the configuration's own fields, with values that are not the defaults."""
+        return self.config
 
     def build(self, auto_class: str = "AutoModel", attention: str = "sdpa", **overrides):
         """A model with reproducible random weights, in eval mode."""
@@ -306,7 +314,42 @@ class TransplantedCase(Case):
     def make_config(self, **overrides):
         return FAMILIES[self.family].config_class()(text_config={**self.config, **overrides})
 
+    def fields(self) -> dict[str, Any]:
+        return {"base_model_name_or_path": "owner/base", "base_revision": "1f", "token_ids": {"eos": 2}}
 
+
+def saved_with_a_base(model_class: type) -> type:
+    """The class, but a model that has no base yet is saved with one beside it: its own weights with the rows of the
+    vocabulary in another order, which the stored matrix undoes."""
+    from rarezoo.tokenizer_transplant import TransplantMatrix
+    from rarezoo.tokenizer_transplant.table_surgery import vocabulary_tensors
+
+    def save_pretrained(self, folder, **kwargs):
+        if self.transplant_matrix is not None:
+            return model_class.save_pretrained(self, folder, **kwargs)
+        base, rows = copy.deepcopy(self.model), self.config.vocab_size
+        order = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
+        state = base.state_dict()
+        tables = {
+            state[name].data_ptr(): (state[name], tensor.dim)
+            for name, tensor in vocabulary_tensors(type(base), base.config).items()
+        }
+        for table, dim in tables.values():
+            table.copy_(table.index_select(dim, order))
+        base.save_pretrained(Path(folder) / "base")
+        matrix = TransplantMatrix.copies(order.argsort(), rows)
+        roles = SimpleNamespace(
+            **{f"{role}_token_id": getattr(self.config, f"{role}_token_id", None) for role in ("bos", "eos", "pad")}
+        )
+        model_class.from_base(Path(folder) / "base", matrix, roles).save_pretrained(folder, **kwargs)
+
+    return type(model_class.__name__, (model_class,), {"save_pretrained": save_pretrained, "_auto_class": None})
+
+
+WITHOUT_WEIGHTS_SKIPS = {
+    "test_load_save_without_tied_weights": "the checkpoint holds no weights whose names could be read",
+    "test_model_weights_reload_no_missing_tied_weights": "the checkpoint holds no weights that could be missing",
+}
 # Families whose checkpoints hold no weights: what is common about their models, and the file that tests the rest.
 WITHOUT_WEIGHTS = {
     "tokenizer_transplant": (
@@ -336,9 +379,40 @@ WITHOUT_WEIGHTS = {
                 "qwen3": dict(model_type="qwen3"),
                 "tied": dict(tie_word_embeddings=True),
             },
+            suite_configs={"": dict(initializer_range=0.02)},
+            suite_class=saved_with_a_base,
+            suite_skips={"": WITHOUT_WEIGHTS_SKIPS},
         ),
         "test_tokenizer_transplant_stored.py",
-    )
+    ),
+    "tokenizer_transplant_masked": (
+        TransplantedCase(
+            family="tokenizer_transplant",
+            config=dict(
+                model_type="bert",
+                vocab_size=160,
+                hidden_size=32,
+                intermediate_size=37,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                hidden_dropout_prob=0.0,
+                attention_probs_dropout_prob=0.0,
+                initializer_range=0.2,
+                pad_token_id=0,
+            ),
+            heads={"AutoModelForMaskedLM": "TransplantedForMaskedLM"},
+            inputs=masked_rows,
+            answers={"AutoModelForMaskedLM": lambda outputs, inputs: outputs.logits[inputs["attention_mask"].bool()]},
+            variants={
+                "xlm_roberta": dict(model_type="xlm-roberta"),
+                "untied": dict(model_type="xlm-roberta", tie_word_embeddings=False),
+            },
+            suite_configs={"Masked": dict(initializer_range=0.02)},
+            suite_class=saved_with_a_base,
+            suite_skips={"Masked": WITHOUT_WEIGHTS_SKIPS},
+        ),
+        "test_tokenizer_transplant_stored.py",
+    ),
 }
 MODELS = CASES | {family: case for family, (case, _) in WITHOUT_WEIGHTS.items()}
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rarezoo.auto import FAMILIES
 
@@ -113,7 +114,8 @@ def test_gradient_checkpointing(head, use_reentrant):
     assert all(gradient.abs().max() > 0 for gradient in expected.values())
     runs = []
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
-    layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    assert len(layers) == model.config.num_hidden_layers
     for layer in layers:
         next(layer.children()).register_forward_pre_hook(lambda *_: runs.append(1))
     found = gradients(case, auto_class, model, inputs)

@@ -172,6 +172,32 @@ def test_load_options_reach_the_base(llama, dtype, attention):
     assert (model(IDS).logits.float() - expected).norm() < (0.03 if dtype is torch.bfloat16 else 1e-6) * expected.norm()
 
 
+@torch.no_grad()
+def test_settings_of_the_base_reach_it(llama, tmp_path):
+    """Those that the caller gives, in the configuration, by name or afterwards; all others stay what they were."""
+    _, model, folder = llama
+    config = AutoConfig.from_pretrained(folder, output_hidden_states=True)
+    config.use_cache = False
+    config.rms_norm_eps = 0.5
+    given = AutoModelForCausalLM.from_pretrained(folder, config=config)
+    named = AutoModelForCausalLM.from_pretrained(folder, output_hidden_states=True, use_cache=False, rms_norm_eps=0.5)
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    expected = copy.deepcopy(plain.merge_and_unload())
+    for layer in (module for module in expected.modules() if hasattr(module, "variance_epsilon")):
+        layer.variance_epsilon = 0.5
+    for changed in (given, named):
+        answer = changed(IDS)
+        assert torch.equal(answer.logits, expected(IDS).logits) and not torch.equal(answer.logits, plain(IDS).logits)
+        assert len(answer.hidden_states) == 3 and answer.past_key_values is None
+        assert changed.merge_and_unload().config.rms_norm_eps == changed.config.rms_norm_eps == 0.5
+        assert_same_state(changed, model)
+    assert plain(IDS).hidden_states is None and plain(IDS).past_key_values is not None
+    plain.config.use_cache = False
+    assert plain(IDS).past_key_values is None
+    config = TransplantedConfig(text_config=transformers.LlamaConfig(tie_word_embeddings=True, bos_token_id=7))
+    assert config.text_config.tie_word_embeddings and config.bos_token_id == config.text_config.bos_token_id == 7
+
+
 def test_wrong_base_is_refused(llama, tmp_path):
     """Another table, other inner weights, a renamed folder; a base that was only sharded anew is the same base."""
     _, model, folder = llama

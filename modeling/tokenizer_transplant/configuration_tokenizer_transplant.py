@@ -13,13 +13,15 @@ _AUTO_MAP = {
 }
 # What generation and the trainers read from the outer configuration.
 _MIRRORED = ("is_encoder_decoder", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+# Fields that every configuration has, and that mean the base's when they are set in the outer one.
+_SHARED = (*_MIRRORED, "output_hidden_states", "output_attentions", "return_dict")
 
 
 @strict
 class TransplantedConfig(PretrainedConfig):
     r"""
     Which base a transplanted model is made of, and what the base becomes. Fields of the base's configuration
-    (`hidden_size`, `num_hidden_layers`, …) can be read from this one.
+    (`hidden_size`, `num_hidden_layers`, …) can be read from this one and set in it.
 
     Args:
         base_model_name_or_path (`str`, defaults to `""`):
@@ -39,19 +41,21 @@ class TransplantedConfig(PretrainedConfig):
 
     model_type = "transplanted"
     keys_to_ignore_at_inference = ["past_key_values"]
+    sub_configs = {"text_config": AutoConfig}
 
     base_model_name_or_path: str = ""
     base_revision: str | None = None
     base_fingerprint: str | None = None
     token_ids: dict[str, int | None] | None = None
     base_token_ids: dict[str, int | None] | None = None
-    text_config: dict[str, Any] | PretrainedConfig | None = None
     tokenizer_transplant: dict[str, Any] | None = None
     is_encoder_decoder: bool = False
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
+    # The last one: what is set after it reaches the base's configuration.
+    text_config: dict[str, Any] | PretrainedConfig | None = None
 
     def __post_init__(self, **kwargs):
         # Every checkpoint carries the full map, whichever class saved it, so that each AutoClass finds its class.
@@ -66,6 +70,15 @@ class TransplantedConfig(PretrainedConfig):
         """Take over what the base's configuration says about generation."""
         for name in _MIRRORED:
             setattr(self, name, getattr(self.text_config, name, None))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        inner = self.__dict__.get("text_config")
+        own = name.startswith("_") or hasattr(type(self), name) or name in self.__dict__
+        shared = isinstance(inner, PretrainedConfig) and hasattr(inner, name) and (name in _SHARED or not own)
+        if shared:
+            setattr(inner, name, value)
+        if own or not shared:
+            super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
         inner = self.__dict__.get("text_config")

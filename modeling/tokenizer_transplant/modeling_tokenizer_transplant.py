@@ -134,7 +134,7 @@ class TransplantedPreTrainedModel(PreTrainedModel):
 
         Args:
             pretrained_model_name_or_path: folder or Hub name of the checkpoint.
-            config: its configuration, or None.
+            config: its configuration, or None; fields of it that are not the stored ones reach the base.
             kwargs: `base_model_name_or_path` and `base_revision`, where the base is elsewhere now; how to reach the
                 Hub; and options of the base's `from_pretrained` (`dtype`, `device_map`, `quantization_config`,
                 `attn_implementation`, …). Trust in the checkpoint's code is not passed on to the base.
@@ -143,6 +143,8 @@ class TransplantedPreTrainedModel(PreTrainedModel):
             ValueError: the base is not the one the matrix was made for.
             OSError: checkpoint or base cannot be found.
         """
+        if pretrained_model_name_or_path is None:  # a configuration and a state dict, as the base's class takes them
+            return super().from_pretrained(None, *model_args, config=config, **kwargs)
         reached = {name: kwargs[name] for name in _REACHED_BY if name in kwargs}
         own = {name: kwargs.pop(name) for name in _OF_THE_CHECKPOINT if name in kwargs}
         located = {name: own[name] for name in ("revision", "subfolder") if own.get(name) is not None}
@@ -155,9 +157,13 @@ class TransplantedPreTrainedModel(PreTrainedModel):
         attention = getattr(config, "_attn_implementation_internal", None)
         if attention is not None:  # taken out of the options by AutoConfig
             kwargs.setdefault("attn_implementation", attention)
-        matrix = TransplantMatrix.load(cached_file(pretrained_model_name_or_path, MATRIX_NAME, **located, **reached))
+        stored = cls.config_class.from_pretrained(pretrained_model_name_or_path, **located, **reached)
+        kwargs |= _changed_fields(config, stored)
+        path = cached_file(pretrained_model_name_or_path, MATRIX_NAME, **located, **reached)
         base = base_of(config.base_model_name_or_path, pretrained_model_name_or_path)
-        found = base_fingerprint(base, revision=config.base_revision, **reached)
+        with torch.device("cpu"):  # whatever the caller's default is
+            matrix = TransplantMatrix.load(path)
+            found = base_fingerprint(base, revision=config.base_revision, **reached)
         if found != config.base_fingerprint:
             raise ValueError(
                 f"{base} (revision {config.base_revision}) is not the base that {pretrained_model_name_or_path} was "
@@ -186,8 +192,9 @@ class TransplantedPreTrainedModel(PreTrainedModel):
     def _applied(cls, config: TransplantedConfig, base: str, matrix: TransplantMatrix, options: dict[str, Any]):
         options.setdefault("dtype", "auto")
         loaded = cls._base_auto_class.from_pretrained(base, revision=config.base_revision, **options)
-        ids = TokenIds.from_roles(matrix, config.token_ids or {}, config.base_token_ids or {})
-        transplant_tables(loaded, matrix, ids)
+        with torch.device("cpu"):
+            ids = TokenIds.from_roles(matrix, config.token_ids or {}, config.base_token_ids or {})
+            transplant_tables(loaded, matrix, ids)
         loaded.config.tokenizer_transplant = config.tokenizer_transplant
         model = cls(config, loaded)
         model.config.dtype = loaded.dtype
@@ -315,6 +322,12 @@ class TransplantedForCausalLM(TransplantedPreTrainedModel, GenerationMixin):
     @property
     def _is_stateful(self) -> bool:
         return self.model._is_stateful
+
+
+def _changed_fields(config: TransplantedConfig, stored: TransplantedConfig) -> dict[str, Any]:
+    """What the caller has changed in the base's configuration."""
+    fields, before = config.text_config.to_dict(), stored.text_config.to_dict()
+    return {name: value for name, value in fields.items() if name not in before or before[name] != value}
 
 
 def base_fingerprint(base: str, *, revision: str | None = None, **reached: Any) -> str:

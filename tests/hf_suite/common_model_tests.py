@@ -65,7 +65,8 @@ def skipping(reason):
 def make_test_class(case, suffix) -> type:
     family = FAMILIES[case.family]
     base_class = getattr(rarezoo, family.base_model)
-    model_classes = tuple(dict.fromkeys([base_class, *(family.model_class(name) for name in case.heads)]))
+    distinct = dict.fromkeys([base_class, *(family.model_class(name) for name in case.heads)])
+    model_classes = tuple(map(case.suite_class, distinct))
     for auto_class in case.heads:
         STATIC_TABLES[auto_class][case.family] = family.model_class(auto_class).__name__
     if "AutoModel" in case.heads:
@@ -78,7 +79,7 @@ def make_test_class(case, suffix) -> type:
         def setUp(self):
             self.model_tester = ModelTester(case, case.suite_configs[suffix])
             self.config_tester = test_configuration_common.ConfigTester(
-                self, config_class=family.config_class(), **case.config
+                self, config_class=family.config_class(), **case.fields()
             )
 
         def test_config(self):
@@ -90,7 +91,7 @@ def make_test_class(case, suffix) -> type:
     return type(f"{family.base_model}{suffix}Test", bases, skipped)
 
 
-for _case in cases.CASES.values():
+for _case in cases.MODELS.values():
     for _suffix in _case.suite_configs:
         _class = make_test_class(_case, _suffix)
         globals()[_class.__name__] = _class
