@@ -1,6 +1,9 @@
 """MaxSim and exact reranking against float64 brute force in numpy and against the official scores."""
 
+import copy
+import pickle
 import sys
+import threading
 import types
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -198,6 +201,7 @@ def test_numpy_in_numpy_out(generator):
         warnings.simplefilter("error")
         scores = max_sim(queries, documents, document_lengths=[5, 7])
         ranking = rerank(queries[0], documents[::2], document_lengths=[2, 4])
+        assert len(rerank(queries[0], documents, np.int8(100), document_lengths=[5, 7]).positions) == 2
     assert isinstance(scores, np.ndarray) and scores.dtype == np.float32
     np.testing.assert_allclose(scores, brute_force(queries, [documents[:5], documents[5:]]), atol=1e-5)
     assert isinstance(ranking.positions, np.ndarray) and isinstance(ranking.scores, np.ndarray)
@@ -319,6 +323,19 @@ def test_equal_scores_stand_in_the_order_of_positions(generator, passes):
     assert zeros.positions.tolist() == [0, 1, 2, 3, 4] and zeros.scores.tolist() == [0] * 5
 
 
+def test_scores_do_not_depend_on_the_layout(generator, passes):
+    """Not even where every product cancels, so that the order of its additions decides what is left."""
+    half = generator.standard_normal((60, 40, 64)).astype(np.float32)
+    documents = torch.from_numpy(np.concatenate([half, -half], axis=2))
+    query = torch.from_numpy(generator.standard_normal((1, 64))).float().repeat(9, 2)
+    expected = rerank(query, documents)
+    by_columns, query_by_columns = documents.mT.contiguous().mT, query.T.contiguous().T
+    assert by_columns.stride() != documents.stride()
+    for asked, given in [(query, by_columns), (query_by_columns, documents), (query_by_columns, list(by_columns))]:
+        found = rerank(asked, given)
+        assert torch.equal(found.positions, expected.positions) and torch.equal(found.scores, expected.scores)
+
+
 @pytest.mark.parametrize("scale", [1e-42, 1e-30, 1e-12, 1e6, 1e15])
 def test_rerank_of_vectors_of_any_size(generator, passes, scale):
     documents = [item * scale for item in ragged(generator, generator.integers(1, 9, 60))]
@@ -400,6 +417,7 @@ def test_vectors_that_the_kernel_does_not_take(generator, kernel):
     for given in (apart, [document.double() for document in documents]):
         assert module._kernel_for(given) is None
         assert torch.equal(rerank(query, given).positions, expected.positions)
+    assert module._kernel_for(list(torch.zeros(60, 3, 0))) is None
     odd = ragged(generator, generator.integers(1, 9, 60), 10)
     assert module._kernel_for(odd) is None
     assert_exact(unit_vectors(generator, 8, 10), odd)
@@ -429,6 +447,63 @@ class BrokenModule(types.ModuleType):
         if name.startswith("__"):
             raise AttributeError(name)
         raise RuntimeError("no such type")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("DISABLE_JIT", 1), ("CPU_NAME", "generic"), ("CPU_FEATURES", "+avx2"), ("ENABLE_AVX", 0)]
+)
+def test_where_numba_may_not_compile_for_this_processor(monkeypatch, kernel, name, value):
+    """For another one, LLVM would end the process; without its compiler, the loops would fail when they are called."""
+    monkeypatch.setattr(f"numba.config.{name}", value)
+    monkeypatch.delitem(sys.modules, kernel.max_sim_maxima.__module__)
+    module._bfloat16_kernel.cache_clear()
+    try:
+        assert module._bfloat16_kernel() is None
+    finally:
+        monkeypatch.undo()
+        module._bfloat16_kernel.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_default_dtype_and_device_change_nothing(generator, passes, dtype, device):
+    query, documents = unit_vectors(generator, 8), ragged(generator, generator.integers(0, 9, 60))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            found = [rerank(query, given) for given in (documents, PackedDocuments(documents))]
+    finally:
+        torch.set_default_dtype(before)
+    positions, scores = best_of(query, documents, 10)
+    for ranking in found:
+        assert ranking.positions.tolist() == positions.tolist()
+        assert ranking.scores.dtype == torch.float32 and ranking.scores.tolist() == scores.tolist()
+
+
+def test_where_no_thread_can_be_started(generator, monkeypatch, kernel):
+    """As in a thread that outlives the main thread."""
+    query, documents = unit_vectors(generator, 8), ragged(generator, generator.integers(0, 9, 60))
+
+    def refused(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(sys.modules[kernel.max_sim_maxima.__module__], "_VECTORS_PER_THREAD", 16)
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    assert_exact(query, documents)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda packed: pickle.loads(pickle.dumps(packed))])
+def test_copies_of_packed_documents(generator, passes, copied):
+    query, documents = unit_vectors(generator, 8), ragged(generator, generator.integers(0, 9, 60))
+    packed = PackedDocuments(documents)
+    twin = copied(packed)
+    expected, found = rerank(query, packed), rerank(query, twin)
+    assert torch.equal(found.positions, expected.positions) and torch.equal(found.scores, expected.scores)
+    assert torch.equal(max_sim(query, twin), max_sim(query, documents))
+    assert (twin._rough is None) == (packed._rough is None)
+    assert len(pickle.dumps(packed)) < 2 * packed.vectors.nbytes + 2**12
 
 
 def test_without_onednn_as_with_it(generator, passes, monkeypatch):
@@ -517,6 +592,8 @@ Q, D = torch.ones(1, 2, 4), torch.ones(3, 5, 4)
         (ValueError, "query vectors have 4 dimensions, document vectors 3", lambda: max_sim(Q, D[..., :3])),
         (ValueError, "query vectors have 4 dimensions, document vectors 3", lambda: rerank(Q, D[..., :3])),
         (ValueError, "query vectors have 4 dimensions", lambda: max_sim_pairs(Q, D[None, ..., :3])),
+        (ValueError, r"no components: their shape is \(2, 0\)", lambda: rerank(Q[..., :0], D[..., :0])),
+        (ValueError, r"no components: their shape is \(2, 0\)", lambda: max_sim(Q[..., :0], D[..., :0])),
         (ValueError, r"document 1 has shape \(5, 3\), expected \(n, 4\)", lambda: max_sim(Q, [D[0], D[0, :, :3]])),
         (ValueError, r"document 0 has shape \(4,\)", lambda: max_sim(Q, list(D[0]))),
         (ValueError, r"not \(4,\)", lambda: max_sim(Q, D[0, 0])),
@@ -600,6 +677,16 @@ def test_large_numbers_are_no_infinity(generator, passes):
     np.testing.assert_allclose(max_sim(query, documents).numpy(), brute_force([query], documents), rtol=1e-4)
     with pytest.raises(ValueError, match="document 0 holds NaN, infinity or numbers too large for torch"):
         rerank(query, [documents[0].double() * 1e30])
+
+
+def test_scores_beyond_float32_are_equal(generator, passes):
+    """All products and their float32 sums are finite; the sums over the query are not."""
+    query, documents = torch.zeros(300, DIM), torch.zeros(60, 2, DIM)
+    query[:, 0], documents[:, :, 0] = 2.0**60, 2.0**59.9
+    documents[30:] *= 1 + torch.rand(30, 1, 1) / 16
+    for given in (documents, PackedDocuments(documents)):
+        ranking = rerank(query, given, 3)
+        assert ranking.positions.tolist() == [0, 1, 2] and ranking.scores.tolist() == [np.inf] * 3
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 3e18], ids=str)

@@ -66,8 +66,7 @@ class PackedDocuments:
             items = _items(documents, lengths, mask, "document")
             self.lengths = [len(item) for item in items]
             self.vectors = _packed(items)
-            self._items = list(self.vectors.split(self.lengths))
-            self._lengths = np.array(self.lengths, np.int64)
+            self._split()
             self._rough: Tensor | None = None  # the vectors in bfloat16
             # (documents,) float64: not below the norm of any vector, and of any vector minus its copy in bfloat16.
             self._norms, self._errors = self._prepared()
@@ -75,6 +74,18 @@ class PackedDocuments:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the views of single documents, with each of which pickle would write all vectors again."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_items", "_lengths")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._split()
+
+    def _split(self) -> None:
+        self._items = list(self.vectors.split(self.lengths))
+        self._lengths = np.array(self.lengths, np.int64)
 
     def _prepared(self) -> tuple[Tensor, Tensor]:
         kernel = _kernel_for(self._items)
@@ -179,7 +190,7 @@ def rerank(query, documents, top_k: int = 10, *, query_mask=None, document_lengt
 
     Raises TypeError or ValueError as `max_sim`, and for top_k < 1.
     """
-    _check_top_k(top_k)
+    top_k = _checked_top_k(top_k)
     as_numpy = _is_numpy(query) and _is_numpy(documents, or_neutral=True)
     with torch.no_grad():
         query_items = _items(query, None, query_mask, "query")
@@ -403,7 +414,7 @@ class _Reranking:
 
     def __init__(self, query: Tensor, documents: list[Tensor], prepared: PackedDocuments | None):
         self.query, self.documents, self.prepared = query, documents, prepared
-        self.query_float64 = query.double()
+        self.query_float64 = query.double(memory_format=torch.contiguous_format)
         self.known: dict[int, Tensor] = {}
 
     def best(self, top_k: int) -> Ranking:
@@ -433,9 +444,10 @@ class _Reranking:
             return self.query.new_empty(0)
         new, sums_of_first = [position for position in positions if position not in self.known], []
         for position in new:
-            # The copy in float64 lies at the start of its own allocation: the same alignment, and so the same order of
-            # additions, wherever the document lies in a packed tensor.
-            similarities = self.query_float64 @ self.documents[position].float().double().T
+            # The copy in float64 is contiguous and lies at the start of its own allocation: the same layout and
+            # alignment, and so the same order of additions, however and wherever the document lies in memory.
+            document = self.documents[position].float().double(memory_format=torch.contiguous_format)
+            similarities = self.query_float64 @ document.T
             self.known[position] = similarities.amax(1).sum()
             if self.prepared is None:  # a maximum hides -inf
                 sums_of_first.append(similarities[0].sum())
@@ -465,7 +477,7 @@ class _Reranking:
             if len(candidates) < len(lengths):
                 maxima, norms, errors = maxima[candidates], norms[candidates], errors[candidates]
         bounds = _error_bounds(self.query_float64, torch.bfloat16, norms, errors)
-        return _Approximate(torch.tensor(candidates), maxima.sum(1, dtype=torch.float64), bounds)
+        return _Approximate(torch.tensor(candidates, device=maxima.device), maxima.sum(1, dtype=torch.float64), bounds)
 
     def _approximate_float32(self, candidates: list[int]) -> _Approximate:
         order, best, norms = [], [], []
@@ -494,10 +506,10 @@ def _error_bounds(query: Tensor, dtype: torch.dtype, norms: Tensor, errors: Tens
     gamma |q'| |d'|, where gamma = n u / (1 - n u) for n = dim + 1 roundings of u = 2^-24. (dim + 8) 2^-23 is more than
     twice that, enough for kernels whose additions truncate. Where float32 matrix products are allowed to round their
     factors to bfloat16 or TF32, 2^-6 covers that. Numbers below 2^-126 may have become 0 anywhere: `underflow`. No sum
-    becomes infinite on its way where |q'| |d'| is below `_OVERFLOW`; elsewhere the bound is infinite. If all computed
-    similarities of a document are within r of the exact ones, so is their maximum, and the errors of the query vectors
-    add up. The exact score's own rounding to float32, 2^-24 of at most |q| |d| per query vector, and the float64
-    roundings here are within the slack of gamma.
+    becomes infinite on its way, nor the score when it is rounded to float32, where the sum of all |q'| |d'| is below
+    `_OVERFLOW`; elsewhere the bound is infinite. If all computed similarities of a document are within r of the exact
+    ones, so is their maximum, and the errors of the query vectors add up. The exact score's own rounding to float32,
+    2^-24 of at most |q| |d| per query vector, and the float64 roundings here are within the slack of gamma.
     """
     dim = query.shape[1]
     rounded = query.to(dtype).double()
@@ -505,10 +517,9 @@ def _error_bounds(query: Tensor, dtype: torch.dtype, norms: Tensor, errors: Tens
     if dtype is torch.float32 and not _float32_products_are_full():
         gamma += 2.0**-6
     underflow = 2.0**-126 * query.numel() * (1 + norms)
-    query_norms = _norms(rounded)
-    lost, kept = _norms(query - rounded).sum(), query_norms.sum()
+    lost, kept = _norms(query - rounded).sum(), _norms(rounded).sum()
     bounds = lost * norms + kept * errors + gamma * kept * (norms + errors) + underflow
-    return torch.where(query_norms.max() * (norms + errors) < _OVERFLOW, bounds, torch.inf)
+    return torch.where(kept * (norms + errors) < _OVERFLOW, bounds, torch.inf)
 
 
 def _norms(vectors: Tensor) -> Tensor:
@@ -538,7 +549,7 @@ def _kernel_for(documents: list[Tensor]) -> Any:
     if not documents or documents[0].device.type != "cpu" or sum(map(len, documents)) < _KERNEL_VECTORS:
         return None
     kernel = _bfloat16_kernel()
-    if kernel is None or documents[0].shape[1] % kernel.LANES:
+    if kernel is None or documents[0].shape[1] % kernel.LANES or not documents[0].shape[1]:
         return None
     fitting = all(document.dtype is torch.float32 and document.is_contiguous() for document in documents)
     return kernel if fitting else None
@@ -679,6 +690,8 @@ def _check_pair(queries: list[Tensor], documents: list[Tensor]) -> None:
 
 
 def _check_dims(queries: Tensor, documents: Tensor) -> None:
+    if not queries.shape[-1]:
+        raise ValueError(f"query vectors have no components: their shape is {tuple(queries.shape)}")
     if queries.shape[-1] != documents.shape[-1]:
         raise ValueError(f"query vectors have {queries.shape[-1]} dimensions, document vectors {documents.shape[-1]}")
     if queries.device != documents.device:
@@ -690,11 +703,12 @@ def _check_similarity(similarity: str) -> None:
         raise ValueError(f"similarity must be one of {', '.join(SIMILARITIES)}, not {similarity!r}")
 
 
-def _check_top_k(top_k: int) -> None:
+def _checked_top_k(top_k: int) -> int:
     if isinstance(top_k, bool) or not isinstance(top_k, (int, np.integer)):
         raise TypeError(f"top_k must be a whole number, not {type(top_k).__name__}")
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, not {top_k}")
+    return int(top_k)  # the products of numpy's small integers overflow
 
 
 def _refuse_non_finite(

@@ -22,11 +22,20 @@ from torch import Tensor
 from .max_sim import _memory
 
 try:
-    from llvmlite import ir
-    from numba import boolean, int64, njit, types
+    from llvmlite import binding, ir
+    from numba import boolean, config, int64, njit, types
     from numba.extending import intrinsic
 except ImportError as error:
     raise ImportError("this module needs numba") from error
+if config.DISABLE_JIT:
+    raise ImportError("this module needs numba's compiler, which NUMBA_DISABLE_JIT turns off")
+if (
+    config.CPU_NAME
+    or config.CPU_FEATURES
+    or not (config.ENABLE_AVX and binding.get_host_cpu_features().get("avx512bf16"))
+):
+    # LLVM ends the whole process over an instruction that the processor it compiles for does not have.
+    raise ImportError("this module needs numba to compile for this processor, and for AVX-512 BF16")
 
 LANES = 16  # float32 numbers of a register
 _TILE_ROWS = 12  # document vectors: with the sums of 2 registers of query vectors each, they fill the 32 registers
@@ -83,7 +92,7 @@ def max_sim_maxima(
         arranged[group, :, : len(rows)] = rows.view(len(rows), dim // 2, 2).transpose(0, 1)
     maxima = _memory.of("maxima", len(lengths) * groups * _TILE_QUERIES, torch.float32, query.device).fill_(-torch.inf)
     maxima = maxima.view(len(lengths), groups * _TILE_QUERIES)
-    squares = torch.zeros(len(lengths), 2)
+    squares = torch.zeros(len(lengths), 2, dtype=torch.float32, device=query.device)
     rounds = dtype is torch.float32
 
     def run(start: int, end: int) -> None:
@@ -100,7 +109,8 @@ def max_sim_maxima(
 def rounded_to_bfloat16(vectors: Tensor, rounded: Tensor, lengths: np.ndarray) -> Tensor:
     """Write the documents' vectors, `(total vectors, dim)` float32, to `rounded`, of the same shape in bfloat16, and
     return the squares of the largest norm of a vector and of its rounding error in every document, `(documents, 2)`."""
-    dim, squares = vectors.shape[1], torch.zeros(len(lengths), 2)
+    dim = vectors.shape[1]
+    squares = torch.zeros(len(lengths), 2, dtype=torch.float32, device=vectors.device)
     starts = np.concatenate([[0], np.cumsum(lengths)])
 
     def run(start: int, end: int) -> None:
@@ -115,7 +125,8 @@ def rounded_to_bfloat16(vectors: Tensor, rounded: Tensor, lengths: np.ndarray) -
 
 
 def _in_threads(run: Callable[[int, int], None], lengths: np.ndarray) -> None:
-    """Call `run(start, end)` for ranges of documents, in as many threads as torch may use for so much work."""
+    """Call `run(start, end)` for ranges of documents, in as many threads as torch may use for so much work; a second
+    time for the same documents, where a thread cannot be started, which must change nothing."""
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if len(ends) else 0
     threads = min(torch.get_num_threads(), 1 + total // _VECTORS_PER_THREAD)
@@ -123,8 +134,11 @@ def _in_threads(run: Callable[[int, int], None], lengths: np.ndarray) -> None:
         run(0, len(lengths))
         return
     bounds = np.searchsorted(ends, np.linspace(0, total, threads + 1)[1:-1])
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(run, [0, *bounds.tolist()], [*bounds.tolist(), len(lengths)]))
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(run, [0, *bounds.tolist()], [*bounds.tolist(), len(lengths)]))
+    except RuntimeError:  # once the main thread has ended, or at the system's limit, Python starts no other
+        run(0, len(lengths))
 
 
 # --- compiled code: all addresses and sizes are int64, sizes in bytes where they say so -------------------------------
