@@ -414,7 +414,7 @@ class _Reranking:
 
     def __init__(self, query: Tensor, documents: list[Tensor], prepared: PackedDocuments | None):
         self.query, self.documents, self.prepared = query, documents, prepared
-        self.query_float64 = query.double(memory_format=torch.contiguous_format)
+        self.query_float64 = query.to(torch.float64, memory_format=torch.contiguous_format)
         self.known: dict[int, Tensor] = {}
 
     def best(self, top_k: int) -> Ranking:
@@ -446,7 +446,7 @@ class _Reranking:
         for position in new:
             # The copy in float64 is contiguous and lies at the start of its own allocation: the same layout and
             # alignment, and so the same order of additions, however and wherever the document lies in memory.
-            document = self.documents[position].float().double(memory_format=torch.contiguous_format)
+            document = self.documents[position].float().to(torch.float64, memory_format=torch.contiguous_format)
             similarities = self.query_float64 @ document.T
             self.known[position] = similarities.amax(1).sum()
             if self.prepared is None:  # a maximum hides -inf

@@ -27,13 +27,11 @@ try:
     from numba.extending import intrinsic
 except ImportError as error:
     raise ImportError("this module needs numba") from error
-if config.DISABLE_JIT:
+_settings: Any = config  # numba sets its attributes from the environment, where type checkers do not see them
+if _settings.DISABLE_JIT:
     raise ImportError("this module needs numba's compiler, which NUMBA_DISABLE_JIT turns off")
-if (
-    config.CPU_NAME
-    or config.CPU_FEATURES
-    or not (config.ENABLE_AVX and binding.get_host_cpu_features().get("avx512bf16"))
-):
+_is_known = _settings.ENABLE_AVX and binding.get_host_cpu_features().get("avx512bf16")
+if _settings.CPU_NAME or _settings.CPU_FEATURES or not _is_known:
     # LLVM ends the whole process over an instruction that the processor it compiles for does not have.
     raise ImportError("this module needs numba to compile for this processor, and for AVX-512 BF16")
 
