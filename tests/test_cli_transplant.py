@@ -363,6 +363,15 @@ def test_word_vectors_by_their_libraries(tmp_path, monkeypatch):
         (["{base}", "{donor}", "out", "-a", "mean", "--rescale", "twice"], "rescale must be 'none' or 'mean_norm'"),
         (["{base}", "{donor}", "out", "-a", "mean", "-pm", "maybe"], "prefix_match is one of no, yes, embed, lm_head"),
         (["{base}", "{tokenizer}", "out", "-a", "mean", "--magikarp"], "{tokenizer} holds none: give --donor"),
+        (["{base}", "{donor}", "out", "-a", "mean", "--seed", "a"], "See `rarezoo transplant --help`."),
+        (["{base}", "{donor}", "out", "-a", "omp", "-k", "2.5"], "See `rarezoo transplant --help`."),
+        (["{base}", "{donor}", "out", "-a", "omp", "--option", "memory_budget=x"], "memory_budget must be an integer"),
+        (["{base}", "{donor}", "out", "-a", "omp", "--option", "algorithm=x"], "algorithm is one of"),
+        (["{base}", "{donor}", "out", "-w", "x", "--auxiliary", "{auxiliary}"], "weight must be a number, found 'x'"),
+        (["{base}", "{donor}", "out", "-w", "2", "--auxiliary", "{auxiliary}"], "weight must lie between 0 and 1"),
+        (["{base}", "{donor}", "out", "-temp", "nan", "--auxiliary", "{auxiliary}"], "temperatures must be positive"),
+        (["{base}", "{donor}", "out", "-a", "subword", "-s", "median"], "combination must be mean, sum"),
+        (["{base}", "{torn}", "out", "-a", "mean"], "{torn}/tokenizer.json is damaged or truncated"),
         (["{base}", "{donor}", "out", "-a", "mean", "-nvn", "-1"], "See `rarezoo transplant --help`."),
         (["{base}", "{donor}", "out", "-a", "mean", "-pad", "0"], "See `rarezoo transplant --help`."),
         (["{base}", "{donor}", "out", "--mapping", "none.json"], "no mapping at none.json"),
@@ -382,15 +391,23 @@ def test_word_vectors_by_their_libraries(tmp_path, monkeypatch):
     ],
 )  # fmt: skip
 def test_mistakes_end_in_one_line_and_leave_nothing(arguments, part, tmp_path, monkeypatch):
-    places = {name: tmp_path / name for name in ("tokenizer", "full", "adapter", "damaged")}
+    places = {name: tmp_path / name for name in ("tokenizer", "full", "adapter", "damaged", "torn")}
     for folder in places.values():
         folder.mkdir()
     AutoTokenizer.from_pretrained(DONOR).save_pretrained(places["tokenizer"])
     (places["full"] / "file").touch()
     (places["adapter"] / "adapter_config.json").write_text("{}")
     shutil.copytree(BASE, places["damaged"], dirs_exist_ok=True)
+    shutil.copytree(DONOR, places["torn"], dirs_exist_ok=True)
+    (places["torn"] / "tokenizer.json").write_text((DONOR / "tokenizer.json").read_text()[:3000])
     (places["damaged"] / "model.safetensors").write_bytes((BASE / "model.safetensors").read_bytes()[:500])
-    places |= {"base": BASE, "donor": DONOR, "empty": tmp_path / "empty.txt", "lonely": tmp_path / "lonely.safetensors"}
+    places |= {
+        "base": BASE,
+        "donor": DONOR,
+        "auxiliary": AUXILIARY,
+        "empty": tmp_path / "empty.txt",
+        "lonely": tmp_path / "lonely.safetensors",
+    }
     (tmp_path / "empty.txt").write_text("\n")
     shutil.copy(AUXILIARY, places["lonely"])
     monkeypatch.chdir(tmp_path)

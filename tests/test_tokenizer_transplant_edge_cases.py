@@ -3,10 +3,13 @@
 import copy
 import json
 import math
+import shutil
+import warnings
 
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer
 
 from rarezoo.tokenizer_transplant import TransplantMatrix, mix, plan_transplant, transplant_tokenizer
@@ -97,6 +100,111 @@ def test_counts_are_whole_numbers(method, options, tokenizers, table):
     donor = table[: len(tokenizers[1])], None
     with pytest.raises(ValueError, match="integer"):
         plan_transplant(*tokenizers, table, None, method, auxiliary=EveryText(), donor_tables=donor, **options)
+
+
+NOWHERE = "./nowhere"
+DONOR_TABLE = torch.zeros(536, 4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        (ValueError, {"seed": "a"}, "seed must be an integer, found 'a'"),
+        (ValueError, {"seed": True}, "seed must be an integer, found True"),
+        (ValueError, {"seed": -1}, "seed must lie between 0 and"),
+        (ValueError, {"seed": 2**70}, "seed must lie between 0 and"),
+        (ValueError, {"magikarp": "x"}, "magikarp must be True or False, found 'x'"),
+        (ValueError, {"match": 5}, "match must be a string or None, found 5"),
+        (ValueError, {"rescale": None}, "rescale must be a string, found None"),
+        (ValueError, {"prefix_match": True}, "prefix_match must be a string, found True"),
+        (ValueError, {"new_vocab_noise": "x"}, "new_vocab_noise must be a number, found 'x'"),
+        (ValueError, {"new_vocab_scale": None}, "new_vocab_scale must be a number, found None"),
+        (ValueError, {"pad_to_multiple_of": True}, "pad_to_multiple_of must be an integer, found True"),
+        (ValueError, {"trust_remote_code": "no"}, "trust_remote_code must be True or False, found 'no'"),
+        (TypeError, {"special_map": ["a"]}, r"special_map must be \{new token: base token\}, found \['a'\]"),
+        (ValueError, {"special_map": {"a": 5}}, "special_map names 5, which is no token of the base"),
+        (TypeError, {"method": ["retok"]}, r"method must be a name or a mix, found \['retok'\]"),
+        (TypeError, {"method": None}, "method must be a name or a mix, found None"),
+        (TypeError, {"fallback": 5}, "fallback must be a list of methods, found 5"),
+        (TypeError, {"fallback": [("mean", 5)]}, "a method is a name or a pair"),
+        (ValueError, {"fallback": ["mean", ("retok", {"k": 1})]}, "method 'retok' has no option k"),
+        (ValueError, {"fallback": ["mean", ("normal", {"per_dimension": 1})]}, "per_dimension must be True or False"),
+        (
+            ValueError,
+            {"method": "mp_rope", "donor": (DONOR_TABLE, None)},
+            "needs the option donor_heads and base_heads",
+        ),
+        (ValueError, {"method": "omp", "donor": (DONOR_TABLE, None), "k": True}, "k must be an integer, found True"),
+        (TypeError, {"method": "omp", "donor": 5}, "donor must be a model, where to load it, or .*; found int"),
+        (TypeError, {"method": "omp", "donor": DONOR_TABLE}, "donor must be a model, .*; found Tensor"),
+        (TypeError, {"method": "omp", "donor": (DONOR_TABLE,)}, r"must be \(input table, head or None\)"),
+        (TypeError, {"method": "omp", "donor": (DONOR_TABLE[0], None)}, r"found \(\(4,\), \('NoneType',\)\)"),
+        (TypeError, {"method": "omp", "donor": (1, 2)}, r"found \(\('int',\), \('int',\)\)"),
+        (ValueError, {"method": "omp", "donor": (DONOR_TABLE * math.nan, None)}, "must be finite"),
+        (FileNotFoundError, {"method": "omp", "donor": NOWHERE}, "there is no folder ./nowhere"),
+        (TypeError, {"method": "mapping", "mapping": 5}, r"mapping must be \{new: base token or pairs\} or a file"),
+        (ValueError, {"method": "tokenadapt", "weight": "x"}, "weight must be a number, found 'x'"),
+        (ValueError, {"method": "tokenadapt", "weight": -0.1}, "weight must lie between 0 and 1, found -0.1"),
+        (ValueError, {"method": "tokenadapt", "temperature": None}, "temperature must be a number, found None"),
+        (ValueError, {"method": "tokenadapt", "temperature": math.inf}, "temperatures must be positive numbers"),
+        (ValueError, {"method": "wechsel", "temperature": "x"}, "temperature must be a number, found 'x'"),
+        (ValueError, {"method": "wechsel", "dictionary": [("a", "b")]}, "dictionary aligns .* base_auxiliary"),
+        (ValueError, {"method": "wechsel", "base_auxiliary": {"a": [1.0]}, "dictionary": "ab"}, "must give pairs"),
+        (ValueError, {"method": "wechsel", "base_auxiliary": {"a": [1.0]}, "dictionary": [("a",)]}, "must give pairs"),
+        (ValueError, {"method": "ofa", "factor_dimensions": 1.5}, "factor_dimensions must be an integer or None"),
+        (ValueError, {"method": "focus", "memory_budget": 1.5}, "memory_budget must be an integer, found 1.5"),
+        (ValueError, {"dtype": "floaty"}, "dtype must be 'auto' or one of torch's"),
+        (TypeError, {"model_or_path": 5}, "the model must be a PreTrainedModel, a folder or a Hub name; found int"),
+        (FileNotFoundError, {"model_or_path": NOWHERE}, "there is no folder ./nowhere"),
+        (FileNotFoundError, {"new_tokenizer": NOWHERE}, "there is no folder ./nowhere"),
+        (TypeError, {"new_tokenizer": None}, "expected a fast tokenizer .*, found NoneType"),
+        (TypeError, {"new_tokenizer": []}, "must be a list of strings, and not empty"),
+        (TypeError, {"new_tokenizer": ["a", 5]}, r"must be a list of strings, and not empty; found \['a', 5\]"),
+        (TypeError, {"base_tokenizer": 5}, "expected a fast tokenizer .*, found int"),
+    ],
+)
+def test_every_argument_is_checked(kind, arguments, message):
+    given = {"model_or_path": BASE, "new_tokenizer": DONOR, "method": "retok", "auxiliary": EveryText()} | arguments
+    with pytest.raises(kind, match=message):
+        transplant_tokenizer(**given)
+
+
+@pytest.mark.parametrize("parts", [5, [("retok",)], [("retok", "x")], [(3, 0.5)]])
+def test_a_mix_is_of_pairs(parts):
+    with pytest.raises(TypeError, match=r"a mix needs pairs \(method, weight\), found"):
+        mix(parts)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("place", ["new_tokenizer", "base_tokenizer", "donor"])
+def test_a_truncated_tokenizer_is_named(name, place, tmp_path):
+    folder = tmp_path / "damaged"
+    shutil.copytree(DONOR, folder)
+    (folder / name).write_text((DONOR / name).read_text()[:-40])
+    given = {"new_tokenizer": DONOR, "method": "omp", "donor": DONOR} | {place: folder}
+    with pytest.raises(ValueError, match=f"damaged/{name} is damaged or truncated"):
+        transplant_tokenizer(BASE, **given)
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match=r"no tokenizer can be read from .*damaged"):
+        transplant_tokenizer(BASE, **given)
+
+
+def test_a_lost_end_of_text_is_told(tokenizers):
+    base, new = tokenizers[0], copy.deepcopy(tokenizers[1])
+    end = new.eos_token_id
+    new.eos_token = None  # the row of the base's end of text still tells which token it was
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = transplant_tokenizer(BASE, new, "retok", base_tokenizer=base)
+    assert result.model.generation_config.eos_token_id == end
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    plain = Tokenizer(models.BPE({token: token_id for token_id, token in enumerate(alphabet)}, []))
+    plain.pre_tokenizer, plain.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    bytes_alone = transformers.PreTrainedTokenizerFast(tokenizer_object=plain)
+    with pytest.warns(UserWarning, match="no end-of-text token: generation will end by its length alone"):
+        result = transplant_tokenizer(BASE, bytes_alone, "mean", base_tokenizer=base)
+    assert result.model.generation_config.eos_token_id is None
 
 
 @pytest.mark.parametrize("content", ["{bad", "[1, 2]", "3", '{"a": null}', '{"a": [["b"]]}', '{"a": [["b", "x"]]}'])

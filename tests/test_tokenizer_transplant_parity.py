@@ -229,7 +229,7 @@ def test_identity_and_permutation(method, kind, tokenizers, tables):
     order = (
         torch.arange(size) if kind == "identity" else torch.randperm(size, generator=torch.Generator().manual_seed(3))
     )
-    options = {"mapping": {}} if method == "mapping" else {}
+    options = {"mapping": {"mapping": {}}, "mp_rope": {"base_heads": 2, "donor_heads": 2}}.get(method, {})
     matrix, _ = plan_transplant(base, permuted_tokenizer(base, order.tolist()), *tables, method, **options)
     assert set(matrix.counts()) <= {"copied", "special"} and len(matrix) == size
     for table, head in zip(tables, (False, True)):

@@ -83,6 +83,8 @@ def wechsel(
     _check_neighbours(neighbors, temperature)
     vectors, has_vector = _token_vectors(context, "wechsel", context.new)
     if base_auxiliary is None:
+        if dictionary is not None:
+            raise ValueError("dictionary aligns the space of base_auxiliary: give that, too, or leave it out")
         base_vectors, base_has = _token_vectors(context, "wechsel", context.base)
     else:
         base_vectors, base_has = _aligned_base_vectors(context, base_auxiliary, dictionary)
@@ -233,15 +235,16 @@ def _aligned_base_vectors(
     context: TransplantContext, base_auxiliary: Any, dictionary: Sequence[tuple[str, str]] | None
 ) -> tuple[Tensor, Tensor]:
     """The base tokens' vectors, rotated into the space of the new ones."""
-    if not dictionary:
+    pairs = [] if dictionary is None or isinstance(dictionary, str) else list(dictionary)
+    if not pairs or not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
         raise ValueError("base_auxiliary is a space of its own: dictionary= must give pairs (base word, new word)")
     base_side = as_auxiliary_vectors(base_auxiliary)
     new_side = as_auxiliary_vectors(context.require_auxiliary("wechsel"))
-    base_words, base_found = base_side.vectors([base for base, _ in dictionary])
-    new_words, new_found = new_side.vectors([new for _, new in dictionary])
+    base_words, base_found = base_side.vectors([base for base, _ in pairs])
+    new_words, new_found = new_side.vectors([new for _, new in pairs])
     both = base_found & new_found
     if not both.any():
-        raise ValueError(f"none of the {len(dictionary)} pairs of the dictionary has a vector on both sides")
+        raise ValueError(f"none of the {len(pairs)} pairs of the dictionary has a vector on both sides")
     left, _, right = torch.linalg.svd(base_words[both].double().T @ new_words[both].double(), full_matrices=False)
     vectors, has_vector = _vectors_by_id(context, base_side, context.base)
     return (vectors.double() @ (left @ right)).float(), has_vector

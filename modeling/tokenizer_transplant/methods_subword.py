@@ -273,6 +273,8 @@ def resolved_mapping(
     """A mapping as new id -> [(base id, share)], shares adding up to 1."""
     if isinstance(mapping, (str, os.PathLike)):
         mapping = read_mapping(mapping, min_count)
+    if not isinstance(mapping, Mapping):
+        raise TypeError(f"mapping must be {{new: base token or pairs}} or a file, found {mapping!r}")
     base_ids, new_ids = context.base.tokenizer.get_vocab(), context.new.tokenizer.get_vocab()
     resolved = {}
     for new, sources in mapping.items():

@@ -263,6 +263,11 @@ def updated_generation_config(generation_config: Any, token_ids: TokenIds, *, su
     settings.bos_token_id = token_ids.roles["bos"]
     settings.pad_token_id = token_ids.roles["pad"]
     settings.eos_token_id = token_ids.ends_of_text(generation_config.eos_token_id)
+    if settings.eos_token_id is None and generation_config.eos_token_id is not None:
+        warnings.warn(
+            "the new tokenizer has no end-of-text token: generation will end by its length alone; set its eos_token",
+            stacklevel=2,
+        )
     for name in ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id"):
         value = getattr(generation_config, name, None)
         if value is not None:

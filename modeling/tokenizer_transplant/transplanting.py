@@ -10,12 +10,13 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+import json
 import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,14 @@ _PEERS: dict[str, tuple[str, tuple[Any, ...]]] = {
 _DEFAULT_FALLBACK = ("retok", "mean")
 # WECHSEL computes a row for every token, and copies only special ones.
 _OWN_RULES = {"wechsel": "special"}
+# Types that are checked before a method starts, as its signature spells them: what is accepted, and its name.
+_PLAIN_TYPES: dict[str, tuple[Any, str]] = {
+    "int": (Integral, "an integer"),
+    "float": (Real, "a number"),
+    "str": (str, "a string"),
+    "bool": (bool, "True or False"),
+    "None": (type(None), "None"),
+}
 _MADE = (SourceKind.MAPPED, SourceKind.COMBINED, SourceKind.DENSE)
 
 
@@ -185,6 +194,7 @@ def _checked_method(name: str, options: Mapping[str, Any]) -> Method:
     ]
     if missing:
         raise ValueError(f"method {name!r} needs the option {' and '.join(missing)}")
+    _check_types(method, options)
     return method
 
 
@@ -207,7 +217,10 @@ def mix(parts: Sequence[tuple[Any, float]]) -> MethodMix:
     parts: pairs of a method (its name, or its name and its options) and a weight that is not negative. Weights are
         normalised, in every row over the parts that define it.
     """
-    named = [(*_named_method(method), float(weight)) for method, weight in parts]
+    try:
+        named = [(*_named_method(method), float(weight)) for method, weight in parts]
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"a mix needs pairs (method, weight), found {parts!r}: {error}") from error
     if not all(0 <= weight < math.inf for *_, weight in named) or not sum(weight for *_, weight in named) > 0:
         raise ValueError(
             f"a mix needs methods with finite weights that are not negative, and not all zero: {list(parts)}"
@@ -264,9 +277,16 @@ def plan_transplant(
     donor_tables: input table and head of the donor, `(its rows, its hidden_size)`.
     Other arguments and errors: as `transplant_tokenizer`.
     """
-    _check_arguments(compatibility, rescale, pad_to_multiple_of)
+    simple = {"prefix_match": prefix_match, "byte_match": byte_match, "magikarp": magikarp, "rescale": rescale}
+    simple |= {"new_vocab_noise": new_vocab_noise, "new_vocab_scale": new_vocab_scale, "seed": seed}
+    _check_types(plan_transplant, {**simple, "match": match, "compatibility": compatibility})
+    _check_arguments(compatibility, rescale, pad_to_multiple_of, seed)
     if isinstance(fallback, str):
         raise TypeError(f"fallback must be a list of methods, found {fallback!r}: write [{fallback!r}]")
+    if not isinstance(fallback, Sequence | None):
+        raise TypeError(f"fallback must be a list of methods, found {fallback!r}")
+    if not isinstance(special_map, Mapping | None):
+        raise TypeError(f"special_map must be {{new token: base token}}, found {special_map!r}")
     if not (0 <= new_vocab_noise < math.inf and math.isfinite(new_vocab_scale)):
         raise ValueError(
             f"new_vocab_noise must be a number that is not negative, new_vocab_scale a number; found {new_vocab_noise} "
@@ -331,11 +351,13 @@ def plan_transplant(
 
 
 def _chain(method: Any, options: Mapping[str, Any], fallback: Sequence[Any]) -> list[tuple[Any, Mapping[str, Any]]]:
-    """The method and its fallbacks, with their options; their names are checked, also where no row needs them."""
+    """The method and its fallbacks, with their options; all are checked, also where no row needs them."""
+    if not isinstance(method, str | MethodMix):
+        raise TypeError(f"method must be a name or a mix, found {method!r}; its options are arguments of the call")
     chain = [(method, options), *map(_named_method, fallback)]
-    for member, _ in chain:
-        for name in [name for name, *_ in member.parts] if isinstance(member, MethodMix) else [member]:
-            find_method(name)
+    for member, own in chain:
+        for name, given in [part[:2] for part in member.parts] if isinstance(member, MethodMix) else [(member, own)]:
+            _checked_method(name, given)
     return chain
 
 
@@ -365,24 +387,46 @@ def _provenance(
     }
 
 
-def _check_arguments(compatibility: str | None, rescale: str, pad_to_multiple_of: int) -> None:
+def _check_types(function: Callable[..., Any], values: Mapping[str, Any]) -> None:
+    """Raises ValueError for a value that is not of the plain type which the function's signature tells."""
+    for name, value in values.items():
+        names = str(inspect.signature(function).parameters[name].annotation).split(" | ")
+        if not set(names) <= _PLAIN_TYPES.keys():
+            continue
+        kinds = tuple(_PLAIN_TYPES[name][0] for name in names)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            words = " or ".join(_PLAIN_TYPES[name][1] for name in names)
+            raise ValueError(f"{name} must be {words}, found {value!r}")
+
+
+def _check_arguments(compatibility: str | None, rescale: str, pad_to_multiple_of: int, seed: int) -> None:
     if compatibility is not None and compatibility not in _PEERS:
         raise ValueError(f"compatibility must be None or one of {', '.join(_PEERS)}; found {compatibility!r}")
     if rescale not in ("none", "mean_norm"):
         raise ValueError(f"rescale must be 'none' or 'mean_norm', found {rescale!r}")
     check_count("pad_to_multiple_of", pad_to_multiple_of)
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must lie between 0 and 2**63 - 1, found {seed}")
 
 
 def check_count(name: str, value: Any) -> None:
     """Raises ValueError for what is no integer from 1 on."""
-    if not isinstance(value, Integral):
+    if not isinstance(value, Integral) or isinstance(value, bool):
         raise ValueError(f"{name} must be an integer, found {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, found {value}")
 
 
 def _check_donor(tables: tuple[Tensor, Tensor | None] | None, new: Vocabulary) -> None:
-    for table in tables or ():
+    if tables is None:
+        return
+    table_like = [torch.is_tensor(table) and table.dim() == 2 for table in tables]
+    if len(tables) != 2 or not (table_like[0] and (table_like[1] or tables[1] is None)):
+        raise TypeError(
+            "the donor's tables must be (input table, head or None), each of the shape (rows, hidden_size); found "
+            f"({', '.join(str(tuple(getattr(table, 'shape', (type(table).__name__,)))) for table in tables)})"
+        )
+    for table in tables:
         if table is not None and len(table) < new.size:
             raise ValueError(
                 f"the donor's tables have {len(table)} rows, but the new tokenizer has ids up to {new.size - 1}: the "
@@ -600,9 +644,12 @@ def transplant_tokenizer(
             donors that do not fit each other; adapters that saved embeddings; quantized tables.
         TypeError: tokenizers without a fast backend.
     """
+    _check_types(transplant_tokenizer, {"trust_remote_code": trust_remote_code})
     model = model_or_path
     if isinstance(model_or_path, (str, os.PathLike)):
         model = _load_model(model_or_path, dtype, trust_remote_code)
+    elif not hasattr(model, "config"):
+        raise TypeError(f"the model must be a PreTrainedModel, a folder or a Hub name; found {type(model).__name__}")
     base_tokenizer = base_tokenizer_of(base_tokenizer, model_or_path, trust_remote_code)
     tokenizer = new_tokenizer_of(new_tokenizer, base_tokenizer, trust_remote_code)
     input_table, head_table, _ = base_tables(model)
@@ -636,6 +683,9 @@ def transplant_tokenizer(
 
 def _load_model(path: str | os.PathLike, dtype: torch.dtype | str | None, trust_remote_code: bool) -> Any:
     """The model with the head that the checkpoint names."""
+    _check_found(path)
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype must be 'auto' or one of torch's, such as 'bfloat16'; found {dtype!r}")
     config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     brought = getattr(config, "auto_map", None) or {}
     loading = {"dtype": dtype or "auto", "trust_remote_code": trust_remote_code}
@@ -658,6 +708,27 @@ def _load_model(path: str | os.PathLike, dtype: torch.dtype | str | None, trust_
     return transformers.AutoModel.from_pretrained(path, **loading)
 
 
+def _check_found(source: str | os.PathLike) -> None:
+    """Raises FileNotFoundError for a folder that is not there, which would be taken for a bad Hub name."""
+    if not Path(source).exists() and (str(source).startswith((".", os.sep)) or isinstance(source, os.PathLike)):
+        raise FileNotFoundError(f"there is no folder {source}")
+
+
+def _load_tokenizer(source: str | os.PathLike, trust_remote_code: bool) -> Any:
+    _check_found(source)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (ImportError, OSError):
+        raise
+    except Exception as error:  # the library of tokenizers raises nothing more special
+        for path in sorted(Path(source).glob("*.json")):
+            try:
+                json.loads(path.read_text(encoding="utf-8"))
+            except ValueError:
+                raise ValueError(f"{path} is damaged or truncated ({error}): download it again") from error
+        raise ValueError(f"no tokenizer can be read from {source}: {error}") from error
+
+
 def base_tokenizer_of(tokenizer: Any, model_or_path: Any, trust_remote_code: bool) -> Any:
     if tokenizer is not None and not isinstance(tokenizer, (str, os.PathLike)):
         return tokenizer
@@ -666,14 +737,16 @@ def base_tokenizer_of(tokenizer: Any, model_or_path: Any, trust_remote_code: boo
         source = getattr(model_or_path.config, "_name_or_path", "")
     if not source:
         raise ValueError("the model does not tell where it came from: give its present tokenizer as base_tokenizer")
-    return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    return _load_tokenizer(source, trust_remote_code)
 
 
 def new_tokenizer_of(new_tokenizer: Any, base_tokenizer: Any, trust_remote_code: bool) -> Any:
     """A tokenizer of our own, which may be changed."""
     if isinstance(new_tokenizer, (str, os.PathLike)):
-        return transformers.AutoTokenizer.from_pretrained(new_tokenizer, trust_remote_code=trust_remote_code)
+        return _load_tokenizer(new_tokenizer, trust_remote_code)
     if isinstance(new_tokenizer, (list, tuple)):
+        if not new_tokenizer or not all(isinstance(token, str | tokenizers.AddedToken) for token in new_tokenizer):
+            raise TypeError(f"tokens to be added must be a list of strings, and not empty; found {new_tokenizer!r}")
         extended = copy.deepcopy(base_tokenizer)
         extended.add_tokens(list(new_tokenizer))
         return extended
@@ -684,7 +757,7 @@ def donor_tables_of(donor: Any, tokenizer: Any, trust_remote_code: bool) -> tupl
     if donor is None or isinstance(donor, tuple):
         return donor
     if isinstance(donor, (str, os.PathLike)):
-        donors_tokenizer = transformers.AutoTokenizer.from_pretrained(donor, trust_remote_code=trust_remote_code)
+        donors_tokenizer = _load_tokenizer(donor, trust_remote_code)
         theirs, ours = donors_tokenizer.get_vocab(), tokenizer.get_vocab()
         differing = [token for token, token_id in ours.items() if theirs.get(token) != token_id]
         if differing:
@@ -695,6 +768,10 @@ def donor_tables_of(donor: Any, tokenizer: Any, trust_remote_code: bool) -> tupl
             streaming = importlib.import_module(".checkpoint_streaming", __package__)
             return streaming.StoredCheckpoint.open(donor, trust_remote_code=trust_remote_code).tables()[:2]
         donor = _load_model(donor, None, trust_remote_code)
+    if not hasattr(donor, "config"):
+        raise TypeError(
+            f"donor must be a model, where to load it, or (input table, head or None); found {type(donor).__name__}"
+        )
     input_table, head_table, _ = base_tables(donor)
     return input_table.detach(), None if head_table is None else head_table.detach()
 
