@@ -5,8 +5,8 @@ its command does; rarezoo gets all targets at once, and the time of its Gram mat
 batches and rarezoo's runs alternate. Reported are how many of the anchors taken are the same, step by step, and how far
 the weights differ where all of a target's anchors are the same.
 
-Command: `mergekit-tokensurgeon BASE DONOR OUT -k 64` against `transplant_tokenizer(…, "omp", k=64)` and
-`save_pretrained`, both in a process of their own with imports, loading and saving. Base and donor are untied Llama
+Command: `mergekit-tokensurgeon BASE DONOR OUT -k 64` against `rarezoo transplant BASE DONOR OUT --method omp
+--compatibility mergekit -k 64`, both from the shell, with imports, loading and saving. Base and donor are untied Llama
 models with random tables and byte-level tokenizers of 8,000 and 9,000 tokens, trained on sources of Python's standard
 library. Rows of the new tables that differ go back to near ties, which rarezoo decides in float64.
 
@@ -50,12 +50,7 @@ TARGETS, ANCHORS, BATCH = 4_096, 6_875, 512
 SHAPES = ((256, 64), (1_024, 64), (2_048, 32))  # width, anchors per target
 COMMAND_WIDTHS = (256, 1_024)
 COMMAND_ROUNDS = 2
-OURS = """
-import sys
-from rarezoo.tokenizer_transplant.transplanting import transplant_tokenizer
-base, donor, out = sys.argv[1:]
-transplant_tokenizer(base, donor, "omp", donor=donor, compatibility="mergekit", k=64).save_pretrained(out)
-"""
+OUR_COMMAND = ("-m", "rarezoo.cli", "transplant", "--method", "omp", "--compatibility", "mergekit", "-k", "64")
 
 
 def seconds(run: Callable[[], object]) -> tuple[float, object]:
@@ -134,7 +129,7 @@ def command_figures(width: int, folder: Path) -> dict:
     save_model(folder / "base", 8_000, texts[:400], width)
     save_model(folder / "donor", 9_000, texts[50:450], width)
     arguments = [str(folder / "base"), str(folder / "donor")]
-    commands = {"rarezoo": [sys.executable, "-c", OURS, *arguments, str(folder / "rarezoo")]}
+    commands = {"rarezoo": [sys.executable, *OUR_COMMAND, *arguments, str(folder / "rarezoo")]}
     if batch_omp is not None:
         program = Path(sys.executable).with_name("mergekit-tokensurgeon")
         commands["mergekit"] = [str(program), *arguments, str(folder / "mergekit"), "-k", "64"]

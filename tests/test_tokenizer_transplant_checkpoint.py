@@ -2,11 +2,14 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -19,11 +22,19 @@ from transformers import (
 
 from rarezoo import MistralSpladeConfig, MistralSpladeForMaskedLM
 from rarezoo.tokenizer_transplant.checkpoint_streaming import (
+    PLAIN_DECODERS,
     StoredCheckpoint,
     rewrite_checkpoint,
     transplant_checkpoint,
 )
-from rarezoo.tokenizer_transplant.table_surgery import TokenIds, base_tables, transplant_tables
+from rarezoo.tokenizer_transplant.table_surgery import (
+    TokenIds,
+    base_tables,
+    skeleton,
+    transplant_tables,
+    updated_config,
+    vocabulary_tensors,
+)
 from rarezoo.tokenizer_transplant.transplant_matrix import TransplantMatrix
 from rarezoo.tokenizer_transplant.transplanting import transplant_tokenizer
 
@@ -115,6 +126,60 @@ def test_tables_are_those_of_the_model(tmp_path):
         for found, expected in zip(StoredCheckpoint.open(tmp_path / name).tables(), base_tables(model)):
             assert (found is None) == (expected is None)
             assert found is None or torch.equal(found, expected)
+
+
+def smallest(name, **fields):
+    """A configuration of the class, of one layer where it allows that."""
+    config_class = getattr(transformers, name).config_class
+    config = config_class(vocab_size=BASE_ROWS, num_hidden_layers=1, pad_token_id=None, **fields)
+    config.architectures = [name]
+    return config
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", sorted(PLAIN_DECODERS))
+def test_plain_decoders_are_what_their_code_says(name, tied, tmp_path):
+    """Tensors, ties and positions of the skeleton, which decides about all other classes."""
+    model_class, config = getattr(transformers, name), smallest(name, tie_word_embeddings=tied)
+    found = vocabulary_tensors(model_class, config)
+    tables = {tensor: torch.zeros(BASE_ROWS, 2) for tensor in found if found[tensor].tied_to is None}
+    config.save_pretrained(tmp_path)
+    save_file(tables, tmp_path / "model.safetensors")
+    checkpoint = StoredCheckpoint.open(tmp_path)
+    assert checkpoint.plain_decoder and checkpoint.model_class is model_class
+    assert checkpoint.vocabulary == {tensor: found[tensor] for tensor in tables}
+    assert checkpoint.names == {tensor: tensor for tensor in tables}
+    assert model_class.can_generate() and config.get_text_config() is config
+    matrix, *_ = random_matrix()
+    assert updated_config(model_class, config, matrix, ids_of(matrix, pad=4))[1] == {}
+
+
+def test_what_a_plain_decoder_does_not_explain(tmp_path):
+    """Where another tensor could belong to the vocabulary, the skeleton decides, and other classes are read by it."""
+    config = smallest("LlamaForCausalLM", hidden_size=8, intermediate_size=BASE_ROWS, num_attention_heads=2)
+    state = {
+        name: torch.zeros(t.shape) for name, t in skeleton(transformers.LlamaForCausalLM, config).state_dict().items()
+    }
+    config.save_pretrained(tmp_path)
+    save_file(state, tmp_path / "model.safetensors")
+    checkpoint = StoredCheckpoint.open(tmp_path)
+    assert not checkpoint.plain_decoder and set(checkpoint.vocabulary) == {
+        "model.embed_tokens.weight",
+        "lm_head.weight",
+    }
+    save_file({**state, "more.weight": torch.zeros(BASE_ROWS, 8)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"more.weight in .* is no part of LlamaForCausalLM"):
+        StoredCheckpoint.open(tmp_path)
+
+
+def test_no_model_code_is_imported(tmp_path):
+    """Of a plain decoder the code of transformers' models is not needed; its import takes longer than all else."""
+    script = (
+        "import sys; from rarezoo.tokenizer_transplant import transplant_checkpoint; base, donor, out = sys.argv[1:]; "
+        "transplant_checkpoint(base, donor, out, 'omp', donor=donor, k=3); "
+        "assert 'transformers.modeling_utils' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script, BASE, DONOR, tmp_path / "out"], check=True)
 
 
 def test_names_without_the_prefix(tmp_path):

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 _TOKENS_PER_BATCH = 1_024  # more gains no speed on a CPU
 _STRINGS_PER_WRITE = 20_000  # so much work is lost at most when a process is killed
@@ -69,7 +69,7 @@ def as_auxiliary_vectors(source: Any, *, cache_folder: str | os.PathLike | None 
         return VectorTable(list(source.values()), list(source))
     if isinstance(source, tuple) and len(source) == 2:
         first, second = source
-        if isinstance(first, PreTrainedModel):
+        if _is_transformers_model(first):
             return EncoderVectors(first, second, cache_folder)
         if isinstance(first, (str, os.PathLike)):
             return _stored_table(Path(first), Path(second))
@@ -78,7 +78,7 @@ def as_auxiliary_vectors(source: Any, *, cache_folder: str | os.PathLike | None 
         if Path(source).suffix == ".safetensors":
             return _stored_table(Path(source), _strings_beside(Path(source)))
         return EncoderVectors(_sentence_transformer(str(source)), None, cache_folder)
-    if isinstance(source, nn.Module) and (isinstance(source, PreTrainedModel) or hasattr(source, "encode")):
+    if isinstance(source, nn.Module) and (_is_transformers_model(source) or hasattr(source, "encode")):
         return EncoderVectors(source, None, cache_folder)
     by_item = hasattr(source, "__getitem__") and hasattr(source, "__contains__")
     if hasattr(source, "get_word_vector") or (by_item and not isinstance(source, (Tensor, np.ndarray, list, tuple))):
@@ -144,7 +144,7 @@ class EncoderVectors:
 
     def __init__(self, encoder: Any, tokenizer: Any = None, cache_folder: str | os.PathLike | None = None):
         self._encoder = encoder
-        self._is_transformers = isinstance(encoder, PreTrainedModel)
+        self._is_transformers = _is_transformers_model(encoder)
         if tokenizer is None:
             tokenizer = _tokenizer_of(encoder) if self._is_transformers else getattr(encoder, "tokenizer", None)
         # Encoders of sentence-transformers may have a tokenizer of another kind: then equal strings are encoded once.
@@ -248,7 +248,7 @@ class EncoderVectors:
                 digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         for module in self._encoder.modules():
-            if isinstance(module, PreTrainedModel):
+            if _is_transformers_model(module):
                 settings = module.config.to_dict()
                 unimportant = ("_name_or_path", "transformers_version", "dtype")
                 settings = {key: value for key, value in settings.items() if key not in unimportant}
@@ -311,7 +311,15 @@ def _tokenizer_text(tokenizer: Any) -> str:
     return json.dumps([type(tokenizer).__name__, tokenizer.get_vocab(), repr(tokenizer)], sort_keys=True)
 
 
-def _tokenizer_of(encoder: PreTrainedModel) -> Any:
+def _is_transformers_model(source: Any) -> bool:
+    if not isinstance(source, nn.Module):
+        return False
+    from transformers import PreTrainedModel  # the longest of all imports, and methods without an encoder need it not
+
+    return isinstance(source, PreTrainedModel)
+
+
+def _tokenizer_of(encoder: Any) -> Any:
     name = encoder.config._name_or_path
     if not name:
         raise ValueError("this encoder was not loaded from a checkpoint: give a pair (encoder, tokenizer)")

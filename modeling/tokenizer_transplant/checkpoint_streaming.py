@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,17 @@ _LEFT_BEHIND = (
     *(pattern.removesuffix("/*") for pattern in _OTHER_WEIGHTS),
     *("checkpoint-*", "runs", ".*"),
 )
+# Causal language models whose tensors of the vocabulary are an input table and a head of these names, and which count
+# no positions from the padding id. The import of a model's code takes longer than the rewriting of its tables; of these
+# it is not needed.
+_TABLE, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+PLAIN_DECODERS = frozenset(
+    f"{name}ForCausalLM"
+    for name in (
+        *("Apertus", "Cohere", "Cohere2", "Gemma", "Gemma2", "Gemma3", "Glm4", "GptOss", "Granite", "Llama", "Mistral"),
+        *("Mixtral", "Olmo", "Olmo2", "Olmo3", "Phi3", "Qwen2", "Qwen3", "Qwen3Moe", "SmolLM3", "StableLm"),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -57,18 +69,20 @@ class StoredCheckpoint:
 
     folder: the folder.
     config: its configuration.
-    model_class: the class that `architectures` names.
     files: stored name -> file name.
     vocabulary: stored name -> what it is; of a tied head that is stored too, with `tied_to`.
     names: name in the model's state dict -> stored name, for the tensors of the vocabulary.
+    trust_remote_code: whether the class may come from the folder.
+    plain_decoder: whether it is one of `PLAIN_DECODERS`, whose class is not looked at.
     """
 
     folder: Path
     config: Any
-    model_class: type[Any]
     files: dict[str, str]
     vocabulary: dict[str, VocabularyTensor]
     names: dict[str, str]
+    trust_remote_code: bool = False
+    plain_decoder: bool = False
 
     @classmethod
     def open(cls, folder: str | os.PathLike, *, trust_remote_code: bool = False) -> StoredCheckpoint:
@@ -77,6 +91,12 @@ class StoredCheckpoint:
         folder = Path(folder)
         files = _files_of(folder)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        plain = _plain_vocabulary(config, _shapes(folder, files))
+        if plain is not None:
+            names = {name: name for name in plain}
+            checkpoint = cls(folder, config, files, plain, names, trust_remote_code, plain_decoder=True)
+            checkpoint._check_tensors()
+            return checkpoint
         model_class = _model_class(config, folder, trust_remote_code)
         tensors = vocabulary_tensors(model_class, config)
         found = {name: _stored_name(name, files, model_class.base_model_prefix) for name in tensors}
@@ -87,9 +107,16 @@ class StoredCheckpoint:
             raise ValueError(
                 f"{folder} holds no {missing[0]}, which {model_class.__name__} needs: correct `architectures`"
             )
-        checkpoint = cls(folder, config, model_class, files, {names[name]: tensors[name] for name in names}, names)
-        checkpoint._check()
+        vocabulary = {names[name]: tensors[name] for name in names}
+        checkpoint = cls(folder, config, files, vocabulary, names, trust_remote_code)
+        checkpoint._check_tensors()
+        checkpoint._check_others()
         return checkpoint
+
+    @cached_property
+    def model_class(self) -> type[Any]:
+        """The class that `architectures` names."""
+        return _model_class(self.config, self.folder, self.trust_remote_code)
 
     def read(self, name: str) -> Tensor:
         """A stored tensor, memory-mapped."""
@@ -120,7 +147,7 @@ class StoredCheckpoint:
         tensor = self.vocabulary[name]
         return new_vocabulary_tensor(self.read(name), tensor, matrix, as_input=self.takes_input_rows(name))
 
-    def _check(self) -> None:
+    def _check_tensors(self) -> None:
         rows = self.config.get_text_config().vocab_size
         for name, tensor in self.vocabulary.items():
             found = self.read(name)
@@ -132,13 +159,20 @@ class StoredCheckpoint:
                 raise ValueError(
                     f"{name} in {self.folder} has {found.shape[tensor.dim]} rows; its vocab_size is {rows}"
                 )
-        used = {_stored_name(name, self.files, self.model_class.base_model_prefix) for name in self.state_names()}
+
+    def _check_others(self) -> None:
+        rows = self.config.get_text_config().vocab_size
+        used = {self.stored_name(name) for name in self.state_names()}
         for name in self.files.keys() - used:
             if rows in self.read(name).shape:
                 raise ValueError(
                     f"{name} in {self.folder} seems to belong to the vocabulary, but is no part of "
                     f"{self.model_class.__name__}, which the configuration names: correct its `architectures`"
                 )
+
+    def stored_name(self, name: str) -> str | None:
+        """The name under which a tensor of the state dict is stored, or None."""
+        return _stored_name(name, self.files, self.model_class.base_model_prefix)
 
     def state_names(self) -> list[str]:
         """Names in the state dict of the class."""
@@ -220,7 +254,8 @@ def rewrite_checkpoint(
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside:
         new = Path(beside) / out.name
         new.mkdir()
-        config, shifts = updated_config(checkpoint.model_class, checkpoint.config, matrix, token_ids)
+        model_class = None if checkpoint.plain_decoder else checkpoint.model_class
+        config, shifts = updated_config(model_class, checkpoint.config, matrix, token_ids)
         _copy_other_files(checkpoint.folder, new)
         _write_weights(checkpoint, new, matrix, shifts)
         if report is not None:
@@ -249,8 +284,7 @@ def _local(folder: str | os.PathLike) -> Path:
 
 
 def _write_weights(checkpoint: StoredCheckpoint, out: Path, matrix: TransplantMatrix, shifts: dict[str, int]) -> None:
-    prefix = checkpoint.model_class.base_model_prefix
-    moved = {_stored_name(name, checkpoint.files, prefix): shift for name, shift in shifts.items()}
+    moved = {checkpoint.stored_name(name): shift for name, shift in shifts.items()}
     if None in moved:
         raise ValueError(f"{checkpoint.folder} holds no {', '.join(shifts)}, whose rows must move with the padding id")
     grown_bytes = grown_numbers = 0
@@ -292,7 +326,7 @@ def _copy_other_files(folder: Path, out: Path) -> None:
 def _write_generation_config(checkpoint: StoredCheckpoint, out: Path, ids: TokenIds) -> None:
     if (checkpoint.folder / "generation_config.json").exists():
         settings = GenerationConfig.from_pretrained(checkpoint.folder)
-    elif checkpoint.model_class.can_generate():
+    elif checkpoint.plain_decoder or checkpoint.model_class.can_generate():
         settings = GenerationConfig.from_model_config(checkpoint.config)
     else:
         return
@@ -319,6 +353,29 @@ def _files_of(folder: Path) -> dict[str, str]:
             if stored != set(file.keys()):
                 raise ValueError(f"{folder / _INDEX} and {file_name} disagree about what it holds; download them again")
     return files
+
+
+def _shapes(folder: Path, files: dict[str, str]) -> dict[str, list[int]]:
+    """Stored name -> shape."""
+    shapes: dict[str, list[int]] = {}
+    for file_name in sorted(set(files.values())):
+        with _opened(folder / file_name) as file:
+            shapes.update({name: file.get_slice(name).get_shape() for name in file.keys()})
+    return shapes
+
+
+def _plain_vocabulary(config: Any, shapes: dict[str, list[int]]) -> dict[str, VocabularyTensor] | None:
+    """The tensors of the vocabulary of a plain decoder, or None where only the model's code can tell: for other classes
+    and names, and where another tensor has as many slices in some dimension as there are ids."""
+    of_transformers = type(config).__module__.startswith("transformers.models.")
+    if not of_transformers or not config.architectures or config.architectures[0] not in PLAIN_DECODERS:
+        return None
+    table_of_head = _TABLE if config.tie_word_embeddings else None
+    tensors = {_TABLE: VocabularyTensor("input", 0), _HEAD: VocabularyTensor("head", 0, table_of_head)}
+    found = {name for name, shape in shapes.items() if config.vocab_size in shape}
+    if found != set(tensors) and (table_of_head is None or found != {_TABLE}):
+        return None
+    return {name: tensor for name, tensor in tensors.items() if name in found}
 
 
 def _opened(path: Path) -> Any:

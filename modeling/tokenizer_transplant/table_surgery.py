@@ -219,9 +219,11 @@ def transplant_tables(model: Any, matrix: TransplantMatrix, token_ids: TokenIds)
 
 
 def updated_config(
-    model_class: type[Any], config: Any, matrix: TransplantMatrix, token_ids: TokenIds
+    model_class: type[Any] | None, config: Any, matrix: TransplantMatrix, token_ids: TokenIds
 ) -> tuple[Any, dict[str, int]]:
     """A model's configuration for the new vocabulary: its size, and every token id.
+
+    model_class: None for one that is known to count no positions from the padding id.
 
     Raises ValueError where the configuration's size is not the matrix's, and for an id (such as an image marker's) that
     no new token stands for.
@@ -242,6 +244,8 @@ def updated_config(
     for part in _parts(new):
         _update_role_ids(part, token_ids)
         _update_other_ids(part, token_ids)
+    if model_class is None:
+        return new, {}
     roomy = copy.deepcopy(new)  # torch builds no position table that the padding id lies beyond
     if getattr(roomy.get_text_config(), "max_position_embeddings", None) is not None:
         roomy.get_text_config().max_position_embeddings += getattr(roomy.get_text_config(), "pad_token_id", None) or 0
