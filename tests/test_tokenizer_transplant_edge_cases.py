@@ -6,12 +6,14 @@ import math
 import shutil
 import warnings
 
+import peft
 import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer
 
+from rarezoo import TransplantedForCausalLM
 from rarezoo.tokenizer_transplant import TransplantMatrix, mix, plan_transplant, transplant_tokenizer
 from rarezoo.tokenizer_transplant.modeling_tokenizer_transplant import base_of
 
@@ -188,6 +190,21 @@ def test_a_truncated_tokenizer_is_named(name, place, tmp_path):
     (folder / "tokenizer_config.json").unlink()
     with pytest.raises(ValueError, match=r"no tokenizer can be read from .*damaged"):
         transplant_tokenizer(BASE, **given)
+
+
+def test_an_adapter_is_no_base_and_no_result(tokenizers, tmp_path):
+    """A folder of an adapter is refused; a result that would be stored as an adapter alone, too."""
+    adapted = peft.get_peft_model(transformers.LlamaForCausalLM.from_pretrained(BASE), peft.LoraConfig())
+    adapted.save_pretrained(tmp_path / "adapter")
+    tokenizers[0].save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="adapter holds an adapter: merge it into its base first"):
+        transplant_tokenizer(tmp_path / "adapter", DONOR, "retok")
+    result = transplant_tokenizer(adapted, DONOR, "retok", base_tokenizer=tokenizers[0])
+    with pytest.raises(ValueError, match="a PEFT model stores its adapter alone, without the new tables"):
+        result.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(ValueError, match="adapter holds an adapter: merge it into its base first"):
+        TransplantedForCausalLM.from_base(tmp_path / "adapter", result.matrix, result.tokenizer, tokenizers[0])
 
 
 def test_a_lost_end_of_text_is_told(tokenizers):

@@ -438,6 +438,16 @@ def test_adapters():
         model = peft.get_peft_model(build("llama"), peft.LoraConfig(**settings))
         with pytest.raises(ValueError, match="is wrapped by an adapter, which keeps rows of the old vocabulary"):
             transplant_tables(model, matrix, token_ids(matrix))
+    for settings in (
+        dict(modules_to_save=["cls"]),
+        dict(modules_to_save=["decoder"]),
+        dict(trainable_token_indices={"word_embeddings": [3]}),
+        dict(bias="all"),
+    ):
+        model = peft.get_peft_model(build("bert"), peft.LoraConfig(target_modules=["query"], **settings))
+        for refuse in (base_tables, lambda model: transplant_tables(model, matrix, token_ids(matrix))):
+            with pytest.raises(ValueError, match=r"by an adapter.*, which keeps rows of the old vocabulary"):
+                refuse(model)
 
 
 @pytest.mark.filterwarnings("ignore")

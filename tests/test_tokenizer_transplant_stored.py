@@ -291,6 +291,78 @@ def test_quantized_base(tmp_path):
     assert any(parameter.grad is not None for name, parameter in adapted.named_parameters() if "lora_B" in name)
 
 
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A base whose layers are wide enough for 4-bit blocks: itself, and stored in 4 and in 8 bits."""
+    folder = tmp_path_factory.mktemp("wide")
+    torch.manual_seed(0)
+    fields = json.loads((BASE / "config.json").read_text()) | dict(hidden_size=64, intermediate_size=64, head_dim=32)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields)).save_pretrained(folder / "full")
+    for name, settings in QUANTIZED.items():
+        model = AutoModelForCausalLM.from_pretrained(folder / "full", quantization_config=settings)
+        model.save_pretrained(folder / name)
+    return folder
+
+
+QUANTIZED = {
+    "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+    "int8": BitsAndBytesConfig(load_in_8bit=True),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("quantized_before", [False, True], ids=["loaded_so", "stored_so"])
+@pytest.mark.parametrize("name", QUANTIZED)
+@torch.no_grad()
+def test_a_quantized_model_is_stored_either_way(name, quantized_before, wide, tmp_path):
+    """By its matrix and plain, whether its base is quantized in the file or when it is loaded; and dequantized."""
+    pytest.importorskip("bitsandbytes")
+    base, options = (wide / name, {}) if quantized_before else (wide / "full", {"quantization_config": QUANTIZED[name]})
+    result, _ = stored(base, tmp_path / "new")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "new", **options)
+    expected = model(IDS).logits
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "again", **options)(IDS).logits, expected)
+    model.merge_and_unload().save_pretrained(tmp_path / "plain")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert type(plain) is transformers.LlamaForCausalLM and plain.is_quantized
+    assert torch.equal(plain(IDS).logits, expected)
+    if quantized_before:
+        result.save_pretrained(tmp_path / "result")
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "result")(IDS).logits, expected)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "new", **options).dequantize()
+    assert (whole(IDS).logits - expected).norm() < 0.05 * expected.norm()
+    with pytest.raises(ValueError, match=r"use merge_and_unload\(\).save_pretrained"):
+        whole.save_pretrained(tmp_path / "lost")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_an_adapter_merged_into_quantized_layers_is_not_lost(name, wide, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    stored(wide / "full", tmp_path / "new")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "new", quantization_config=QUANTIZED[name])
+    with torch.no_grad():
+        before = model(IDS).logits
+    adapter = peft.LoraConfig(init_lora_weights=False)
+    merged = peft.get_peft_model(model, adapter).eval().merge_and_unload()
+    with torch.no_grad():
+        assert not torch.equal(merged(IDS).logits, before)
+    with pytest.raises(ValueError, match="merged or cast since"):
+        merged.save_pretrained(tmp_path / "lost")
+    assert not (tmp_path / "lost").exists()
+
+
+def test_transplanted_again(llama):
+    """From a folder that stores a matrix, or its model: the plain model in it gets the third tokenizer."""
+    result, model, folder = llama
+    expected = transplant_tokenizer(copy.deepcopy(result.model), BASE, "retok", base_tokenizer=result.tokenizer)
+    for given in (folder, copy.deepcopy(model)):
+        found = transplant_tokenizer(given, BASE, "retok", base_tokenizer=result.tokenizer)
+        assert type(found.model) is transformers.LlamaForCausalLM
+        assert_same_state(found.model, expected.model)
+
+
 @torch.no_grad()
 def test_pickle_and_deep_copy(llama):
     _, model, _ = llama

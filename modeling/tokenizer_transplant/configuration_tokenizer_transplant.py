@@ -80,6 +80,13 @@ class TransplantedConfig(PretrainedConfig):
         if own or not shared:
             super().__setattr__(name, value)
 
+    def __delattr__(self, name: str) -> None:
+        inner = self.__dict__.get("text_config")
+        if name not in self.__dict__ and isinstance(inner, PretrainedConfig):
+            delattr(inner, name)
+        else:
+            super().__delattr__(name)
+
     def __getattr__(self, name: str) -> Any:
         inner = self.__dict__.get("text_config")
         if name.startswith("_") or not isinstance(inner, PretrainedConfig):

@@ -32,7 +32,7 @@ from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from .configuration_tokenizer_transplant import TransplantedConfig
-from .table_surgery import TokenIds, transplant_tables
+from .table_surgery import TokenIds, refuse_adapter, transplant_tables
 from .transplant_matrix import TransplantMatrix
 
 MATRIX_NAME = "transplant_matrix.safetensors"
@@ -46,6 +46,7 @@ _LOADED_STATE = (
     *("hf_device_map",),
 )
 _SAMPLED_ROWS = 64
+_AS_LOADED = "_as_loaded"  # marks the parameters of a quantized base; merging an adapter puts others in their place
 
 
 class TransplantedPreTrainedModel(PreTrainedModel):
@@ -108,10 +109,11 @@ class TransplantedPreTrainedModel(PreTrainedModel):
             load_options: of the base's `from_pretrained`, such as `dtype` and `quantization_config`.
 
         Raises FileNotFoundError where the base has no safetensors weights, and ValueError where the matrix does not fit
-        it.
+        it, or the folder holds an adapter.
         """
         reached = {name: load_options[name] for name in _REACHED_BY if name in load_options}
         base = str(base_model_name_or_path)
+        refuse_adapter(base)
         ids = TokenIds.of(matrix, tokenizer, base_tokenizer)
         base_config = AutoConfig.from_pretrained(base, revision=revision, **reached)
         # A branch moves on: the commit that it stands for now is what the matrix was made for.
@@ -199,6 +201,8 @@ class TransplantedPreTrainedModel(PreTrainedModel):
         model = cls(config, loaded)
         model.config.dtype = loaded.dtype
         model.transplant_matrix = matrix
+        for _, parameter in _quantized_parameters(model):
+            setattr(parameter, _AS_LOADED, True)
         model._loaded_sums = _sums(model)
         return model.eval()
 
@@ -234,6 +238,8 @@ class TransplantedPreTrainedModel(PreTrainedModel):
         """The plain model of the base's class, which needs nothing of this one; not a copy."""
         if self.can_generate():
             self.model.generation_config = self.generation_config
+        if getattr(self.model, "is_quantized", False):  # transformers cannot undo what it did when it loaded one
+            self.model._weight_conversions = []
         return self.model
 
     def get_input_embeddings(self):
@@ -391,15 +397,20 @@ def base_of(base: str, checkpoint: str | Path) -> str:
 
 def _sums(model: torch.nn.Module) -> dict[str, int]:
     """For every floating-point tensor the sum of its bits, which notices whatever training, merging or casting does.
-    Quantized tensors are left out, with the scales that only a state dict shows: their layers repack them in place."""
+    Quantized tensors, which their layers repack in place, count as long as they are those that were loaded; the scales
+    that only a state dict shows are left out."""
     own = {*dict(model.named_parameters(remove_duplicate=False)), *dict(model.named_buffers())}
-    sums = {}
+    sums = {name: int(getattr(tensor, _AS_LOADED, False)) for name, tensor in _quantized_parameters(model)}
     for name, tensor in model.state_dict().items():
         if name in own and tensor.is_floating_point() and not tensor.is_meta:
             bits = tensor.detach().contiguous().flatten().view(torch.uint8)
             whole = len(bits) - len(bits) % 8
             sums[name] = int(bits[:whole].view(torch.int64).sum()) + int(bits[whole:].sum())
     return sums
+
+
+def _quantized_parameters(model: torch.nn.Module) -> list[tuple[str, Tensor]]:
+    return [(name, tensor) for name, tensor in model.named_parameters() if not tensor.is_floating_point()]
 
 
 def _without_none(**arguments: Any) -> dict[str, Any]:

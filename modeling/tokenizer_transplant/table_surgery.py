@@ -8,9 +8,11 @@ The same comparison finds the numbers that modules remember (`vocab_size`, `num_
 from __future__ import annotations
 
 import copy
+import os
 import re
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -123,9 +125,10 @@ def base_tables(model: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
 
     Raises ValueError for quantized or offloaded tables, and for adapters that keep rows of their own.
     """
-    model = _without_adapter_wrapper(model)
+    wrapper, model = model, _without_adapter_wrapper(model)
     tensors = vocabulary_tensors(type(model), model.config)
     state = _checked_state(model, tensors)
+    _refuse_adapter_biases(wrapper, tensors)
     inputs = [state[name] for name, tensor in tensors.items() if tensor.role == "input" and tensor.dim == 0]
     table = _first_input_table(model, inputs)
     return table, *head_tables(state, tensors, table)
@@ -193,6 +196,7 @@ def transplant_tables(model: Any, matrix: TransplantMatrix, token_ids: TokenIds)
     plain = _without_adapter_wrapper(model)
     tensors = vocabulary_tensors(type(plain), plain.config)
     state = _checked_state(plain, tensors)
+    _refuse_adapter_biases(model, tensors)
     config, shifts = updated_config(type(plain), plain.config, matrix, token_ids)
     generation_config = None
     if getattr(plain, "generation_config", None) is not None:
@@ -352,6 +356,28 @@ def _role(model: nn.Module, name: str, shape: torch.Size, dim: int) -> str:
 
 def _without_adapter_wrapper(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def refuse_adapter(path: str | os.PathLike) -> None:
+    """Raises ValueError for a folder that holds a PEFT adapter, not a model."""
+    if (Path(path) / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{path} holds an adapter: merge it into its base first (PEFT's merge_and_unload), or transplant the base "
+            "and load the adapter onto the result, if it has no embeddings, head or head bias of its own"
+        )
+
+
+def _refuse_adapter_biases(model: Any, tensors: dict[str, VocabularyTensor]) -> None:
+    """An adapter that trains all biases stores the head's, which has one number per old token."""
+    trains_all = any(
+        getattr(settings, "bias", None) == "all" for settings in getattr(model, "peft_config", {}).values()
+    )
+    if trains_all and any(tensor.role == "bias" for tensor in tensors.values()):
+        name = next(name for name, tensor in tensors.items() if tensor.role == "bias")
+        raise ValueError(
+            f"{name} is trained by an adapter (bias='all'), which keeps rows of the old vocabulary: merge the adapter "
+            "first (merge_and_unload()), or train it again without the embeddings and the head"
+        )
 
 
 def _checked_state(model: Any, tensors: dict[str, VocabularyTensor]) -> dict[str, Tensor]:

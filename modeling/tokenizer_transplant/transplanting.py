@@ -26,7 +26,7 @@ import transformers
 from torch import Tensor
 
 from .auxiliary_vectors import as_auxiliary_vectors
-from .table_surgery import TokenIds, base_tables, fitting_chat_template, transplant_tables
+from .table_surgery import TokenIds, base_tables, fitting_chat_template, refuse_adapter, transplant_tables
 from .token_bytes import Matches, Vocabulary, match_vocabularies
 from .transplant_matrix import CombinationRows, SourceKind, TransplantMatrix, blend, concatenate
 from .transplant_report import REPORT_NAME, TransplantReport, as_json
@@ -564,9 +564,17 @@ class TransplantResult:
     def save_pretrained(self, folder: str | os.PathLike, **save_options: Any) -> None:
         """Write model, tokenizer and `transplant_report.json` into a new folder, which appears when it is complete.
 
-        save_options: for the model's `save_pretrained`. Raises FileExistsError for a folder that is not empty.
+        save_options: for the model's `save_pretrained`. Raises FileExistsError for a folder that is not empty,
+        ValueError for a PEFT model.
         """
         folder = Path(folder)
+        if hasattr(self.model, "peft_config"):
+            raise ValueError(
+                "a PEFT model stores its adapter alone, without the new tables: merge it "
+                "(result.model.merge_and_unload()), or transplant the base and load the adapter onto the result"
+            )
+        if getattr(self.model, "is_quantized", False):  # transformers cannot undo what it did when it loaded one
+            save_options.setdefault("save_original_format", False)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise FileExistsError(f"{folder} is a file or is not empty: give another folder, or empty it")
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -650,6 +658,8 @@ def transplant_tokenizer(
         model = _load_model(model_or_path, dtype, trust_remote_code)
     elif not hasattr(model, "config"):
         raise TypeError(f"the model must be a PreTrainedModel, a folder or a Hub name; found {type(model).__name__}")
+    if model.config.model_type == "transplanted":  # already once: the plain model in it
+        model = model.merge_and_unload()
     base_tokenizer = base_tokenizer_of(base_tokenizer, model_or_path, trust_remote_code)
     tokenizer = new_tokenizer_of(new_tokenizer, base_tokenizer, trust_remote_code)
     input_table, head_table, _ = base_tables(model)
@@ -684,6 +694,7 @@ def transplant_tokenizer(
 def _load_model(path: str | os.PathLike, dtype: torch.dtype | str | None, trust_remote_code: bool) -> Any:
     """The model with the head that the checkpoint names."""
     _check_found(path)
+    refuse_adapter(path)
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"dtype must be 'auto' or one of torch's, such as 'bfloat16'; found {dtype!r}")
     config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
