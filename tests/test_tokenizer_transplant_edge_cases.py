@@ -224,6 +224,34 @@ def test_a_lost_end_of_text_is_told(tokenizers):
     assert result.model.generation_config.eos_token_id is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_longer_than_all_anchors_are_shortened_and_counted(dtype, tokenizers, table):
+    """Anchors that are nearly equal for the donor, but not for the base: their large coefficients do not cancel."""
+    generator = torch.Generator().manual_seed(0)
+    tables = table.to(dtype), torch.randn(576, 8, generator=generator).to(dtype)
+    matrix, _ = plan_transplant(*tokenizers, *tables, "mean")
+    targets, anchors = (matrix.kinds == 6).nonzero()[:, 0], (matrix.kinds <= 1).nonzero()[:, 0]
+    donor = torch.cat([torch.ones(536, 1), 0.01 * torch.randn(536, 2, generator=generator)], 1)
+    donor[targets] = torch.randn(len(targets), 3, generator=generator)
+    relative = (donor[targets].norm(dim=1) / donor[anchors].norm(dim=1).max()).clamp(min=1)
+    plain = {"method": "omp", "k": 2, "donor_tables": (donor, None), "match": "bytes"}
+    long, _ = plan_transplant(*tokenizers, *tables, **plain, compatibility="mergekit")
+    short, report = plan_transplant(*tokenizers, *tables, **plain)
+    shortened = 0
+    for head, base in enumerate(tables):
+        limit = base[matrix.input.base_ids[matrix.input.offsets[anchors]]].float().norm(dim=1).max() * relative
+        before, after = (rows.apply(base.float(), head=bool(head))[targets] for rows in (long, short))
+        is_long = before.norm(dim=1) > limit * 1.001
+        expected = torch.where(is_long, limit / before.norm(dim=1), 1.0)[:, None] * before
+        torch.testing.assert_close(after, expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(after[~is_long], before[~is_long]) and is_long.sum() > 50
+        shortened |= is_long
+    assert report.notes["omp: rows shortened to the base's longest"] == int(shortened.sum())
+    usual = {**plain, "k": 8, "donor_tables": (table[:536], None)}
+    report = plan_transplant(*tokenizers, *tables, **usual)[1]
+    assert report.notes["omp: rows shortened to the base's longest"] < len(targets)
+
+
 @pytest.mark.parametrize("content", ["{bad", "[1, 2]", "3", '{"a": null}', '{"a": [["b"]]}', '{"a": [["b", "x"]]}'])
 def test_a_malformed_mapping_is_told(content, tokenizers, table, tmp_path):
     path = tmp_path / "mapping.json"

@@ -29,6 +29,7 @@ from .token_bytes import Vocabulary, normalized_forms
 from .transplant_matrix import CombinationRows, SourceKind, TransplantMatrix, concatenate_rows
 from .transplanting import TransplantContext
 
+_ROWS_AT_ONCE = 4_096  # new rows whose norms are taken at once
 TABLE_CHOICES = ("no", "yes", "embed", "lm_head")
 
 _UNUSED_NAMES = ("unused_token", "reserved_special_token")
@@ -42,6 +43,9 @@ def omp(
 ) -> TransplantMatrix:
     """Orthogonal matching pursuit: every new token as the least squares of at most `k` greedily chosen anchors.
 
+    A row that would be longer than the longest anchor is shortened to that, and the report counts these; not so with
+    `compatibility` "mergekit".
+
     Args:
         k: anchors per token; fewer where the remaining anchors add no more than rounding.
         algorithm: "auto", "gram" or "direct", see `orthogonal_matching_pursuit`: they differ in time only.
@@ -53,7 +57,8 @@ def omp(
     def describe(targets: Tensor, anchors: Tensor) -> SparseCombinations:
         return orthogonal_matching_pursuit(targets, anchors, k, algorithm=algorithm, memory_budget=memory_budget)
 
-    return _combined(context, "omp", describe)
+    matrix = _combined(context, "omp", describe)
+    return matrix if context.compatibility == "mergekit" else _with_clipped_norms(context, matrix, "omp")
 
 
 def common_interpolation(
@@ -104,6 +109,31 @@ def _combined(
     return TransplantMatrix.from_combinations(
         *rows[0], context.base_rows, head_indices=head_indices, head_weights=head_weights
     )
+
+
+def _with_clipped_norms(context: TransplantContext, matrix: TransplantMatrix, method: str) -> TransplantMatrix:
+    """Rows longer than the longest anchor in the base's table are shortened to its length, in each table: nearly equal
+    anchors of the donor have large coefficients of opposite signs, which need not cancel in the base. Of a token that
+    is longer than all anchors in the donor, the row may be longer to the same part."""
+    clipped = torch.zeros(len(matrix), dtype=torch.bool)
+    parts = []
+    for head, pair in enumerate(_table_pairs(context, method)):
+        targets, anchors = (_lengths(rows) for rows in pair.donor_vectors(context))
+        longest = _lengths(pair.base_anchors(context)).max() * (targets / anchors.max().clamp(min=1e-30)).clamp(min=1)
+        rows, table = matrix.rows_for(bool(head)), pair.base.detach().float()
+        blocks = torch.arange(len(rows)).split(_ROWS_AT_ONCE)
+        lengths = torch.cat([_lengths(rows.select(block).apply(table)) for block in blocks])
+        too_long = lengths > longest * 1.001
+        clipped |= too_long
+        parts.append(rows.scaled(torch.where(too_long, longest / lengths.clamp(min=1e-30), 1.0)))
+    context.notes[f"{method}: rows shortened to the base's longest"] = int(clipped.sum())
+    if not clipped.any():
+        return matrix
+    return TransplantMatrix(matrix.kinds, parts[0], matrix.base_rows, parts[1] if len(parts) == 2 else None)
+
+
+def _lengths(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, dim=1).cpu()
 
 
 # --- methods whose rows are images under a map of spaces --------------------------------------------------------------
