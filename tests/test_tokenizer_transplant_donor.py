@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,16 @@ def reference_pursuit(target, anchors, sparsity):
 # --- orthogonal matching pursuit --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("algorithm", ["gram", "direct", "auto"])
+@pytest.fixture(params=["gram", "compiled", "direct"])
+def algorithm(request, monkeypatch):
+    """The Gram form with steps by torch and by numba, and the direct form."""
+    if request.param == "compiled":
+        pytest.importorskip("numba")
+        monkeypatch.setattr(sparse_coding, "_COMPILED_UPDATES", 0)
+        assert sparse_coding._pursuit_kernel() is not None
+    return "direct" if request.param == "direct" else "gram"
+
+
 @pytest.mark.parametrize("anchor_count, width, sparsity", [(40, 16, 8), (300, 64, 12), (150, 200, 1)])
 def test_pursuit_agrees_with_the_textbook(algorithm, anchor_count, width, sparsity):
     anchors = (
@@ -78,7 +88,6 @@ def test_both_forms_take_the_same_anchors_whatever_the_tiles(monkeypatch):
         torch.testing.assert_close(gram.weights, direct.weights, atol=2e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("algorithm", ["gram", "direct"])
 def test_near_ties_are_decided_as_in_float64(algorithm):
     anchors = random(200, 64)
     twins = anchors * (1 + 1e-7 * random(200, 64, seed=1))  # float32 sums cannot tell them apart
@@ -88,10 +97,10 @@ def test_near_ties_are_decided_as_in_float64(algorithm):
     assert found.tolist() == expected
 
 
-def test_targets_that_the_gram_form_cannot_trust_are_repeated():
+def test_targets_that_the_gram_form_cannot_trust_are_repeated(algorithm):
     anchors, targets = random(80, 48), random(40, 48, seed=1)
     targets[::3] = random(14, 3, seed=2) @ anchors[:3]  # three steps reach them: no signal is left for the others
-    gram = orthogonal_matching_pursuit(targets, anchors, 10, algorithm="gram")
+    gram = orthogonal_matching_pursuit(targets, anchors, 10, algorithm=algorithm)
     direct = orthogonal_matching_pursuit(targets, anchors, 10, algorithm="direct")
     assert torch.equal(gram.indices, direct.indices)
     torch.testing.assert_close(gram.weights, direct.weights, atol=1e-6, rtol=1e-5)
@@ -100,7 +109,6 @@ def test_targets_that_the_gram_form_cannot_trust_are_repeated():
         assert gram.indices[row][gram.indices[row] >= 0].tolist() == support
 
 
-@pytest.mark.parametrize("algorithm", ["gram", "direct"])
 def test_duplicated_and_zero_anchors_get_no_weight(algorithm):
     distinct = random(6, 32)
     anchors = torch.cat([torch.zeros(2, 32), distinct, distinct, 3 * distinct])
@@ -112,7 +120,6 @@ def test_duplicated_and_zero_anchors_get_no_weight(algorithm):
         assert not weight[count:].any() and weight.abs().max() < 20
 
 
-@pytest.mark.parametrize("algorithm", ["gram", "direct"])
 def test_the_pursuit_ends_with_the_residual(algorithm):
     anchors = torch.linalg.qr(random(64, 64)).Q[:40] * torch.linspace(1, 3, 40)[:, None]
     truth = torch.zeros(3, 40)
@@ -124,7 +131,6 @@ def test_the_pursuit_ends_with_the_residual(algorithm):
     torch.testing.assert_close(found, truth, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("algorithm", ["gram", "direct"])
 def test_nearly_dependent_anchors_have_accurate_weights(algorithm):
     common = random(1, 128)
     anchors = common + 1e-3 * random(60, 128, seed=1)
@@ -136,19 +142,69 @@ def test_nearly_dependent_anchors_have_accurate_weights(algorithm):
         torch.testing.assert_close(weights[row].double(), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_equal_anchors_are_taken_by_the_lowest_index():
-    anchors = random(5, 16).repeat(4, 1)
-    for algorithm in ("gram", "direct"):
-        taken = orthogonal_matching_pursuit(random(20, 16, seed=1), anchors, 3, algorithm=algorithm).indices
-        assert int(taken.max()) < 5
+def test_equal_anchors_are_taken_by_the_lowest_index(algorithm):
+    anchors = random(5, 16).repeat(200, 1)
+    taken = orthogonal_matching_pursuit(random(20, 16, seed=1), anchors, 3, algorithm=algorithm).indices
+    assert int(taken.max()) < 5
+
+
+def unequal_anchors():
+    """Anchors as tables of embeddings have them: a common direction, clusters, lengths of all sizes, twins."""
+    anchors = 2 * random(1, 96) + random(30, 96, seed=1).repeat(40, 1) + random(1_200, 96, seed=2)
+    anchors *= (1.5 * random(1_200, 1, seed=3)).exp()
+    anchors[700:710] = anchors[100:110] * (1 + 1e-7 * random(10, 96, seed=4))
+    return anchors
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("anchors", [random(1_201, 96), unequal_anchors()], ids=["random", "unequal"])
+def test_compiled_steps_are_those_of_a_search_among_all_anchors(anchors, threads, monkeypatch):
+    pytest.importorskip("numba")
+    targets = torch.cat([random(30, 96, seed=5), 0.1 * random(30, 96, seed=6) + anchors[::40][:30]])
+    by_torch = orthogonal_matching_pursuit(targets, anchors, 25, algorithm="gram")
+    monkeypatch.setattr(sparse_coding, "_COMPILED_UPDATES", 0)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        compiled = orthogonal_matching_pursuit(targets, anchors, 25, algorithm="gram")
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(compiled.indices, by_torch.indices)
+    torch.testing.assert_close(compiled.weights, by_torch.weights, atol=1e-6, rtol=1e-5)
+
+
+def test_without_numba_or_where_it_fails(monkeypatch):
+    class Broken(types.ModuleType):
+        def __getattr__(self, name):
+            raise AttributeError(name) if name.startswith("__") else RuntimeError("no such type")
+
+    name = f"{sparse_coding.__package__}.pursuit_kernel"
+    anchors, targets = random(40, 16), random(5, 16, seed=1)
+    expected = orthogonal_matching_pursuit(targets, anchors, 4, algorithm="gram")
+    monkeypatch.setattr(sparse_coding, "_COMPILED_UPDATES", 0)
+    try:
+        monkeypatch.setitem(sys.modules, name, None)
+        sparse_coding._pursuit_kernel.cache_clear()
+        assert sparse_coding._pursuit_kernel() is None
+        found = orthogonal_matching_pursuit(targets, anchors, 4, algorithm="gram")
+        assert torch.equal(found.indices, expected.indices) and torch.equal(found.weights, expected.weights)
+        monkeypatch.setitem(sys.modules, name, Broken(name))
+        sparse_coding._pursuit_kernel.cache_clear()
+        with pytest.warns(UserWarning, match="goes on without its compiled steps, which numba refuses: no such type"):
+            assert sparse_coding._pursuit_kernel() is None
+    finally:
+        sparse_coding._pursuit_kernel.cache_clear()
 
 
 def test_the_cost_model_keeps_to_its_budget_and_knows_when_gram_pays():
     choose = sparse_coding._cheaper_algorithm
-    assert choose(4_096, 6_875, 1_024, 64, 2**32) == "gram"
-    assert choose(4_096, 6_875, 1_024, 64, 2**27) == "direct"  # 189 MB of Gram matrix
-    assert choose(94, 6_875, 1_024, 4, 2**32) == "direct"  # few targets
-    assert choose(4_096, 6_875, 32, 64, 2**32) == "direct"  # short vectors
+    for compiled in (False, True):
+        assert choose(4_096, 6_875, 1_024, 64, 2**32, compiled) == "gram"
+        assert choose(4_096, 6_875, 1_024, 64, 2**27, compiled) == "direct"  # 189 MB of Gram matrix
+        assert choose(94, 6_875, 1_024, 4, 2**32, compiled) == "direct"  # few targets
+        assert choose(4_096, 6_875, 128, 64, 2**32, compiled) == "direct"  # hardly more dimensions than steps
+    assert choose(4_096, 6_875, 160, 64, 2**32, False) == "direct"
+    assert choose(4_096, 6_875, 160, 64, 2**32, True) == "gram"
 
 
 def test_pursuit_refuses_what_it_cannot_do():

@@ -11,9 +11,13 @@ Places that a target does not use stand last, with index -1 and weight 0.
 from __future__ import annotations
 
 import math
+import warnings
+from functools import lru_cache
 from numbers import Integral
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,10 +46,14 @@ _SPARE_CANDIDATES = 16  # neighbours ranked again by exact distances, beyond tho
 _LEAST_DISTANCE = 1e-6  # mergekit's: distances below weigh as this one, sums of cosines below count as none
 _LEAST_SIZE = 1e-8  # of an atom's squared norm, in mp_rope
 _LEAST_COSINE = 0.5  # with the mean unused row, for a row to count as unused itself
-# The cost model, measured on one thread: operations of a matrix product in the time in which a byte of correlations
-# comes from the cache, and bytes per anchor and step besides those of the earlier directions.
-_OPERATIONS_PER_BYTE = 1.2
-_STEP_BYTES = 24.0
+# The cost model, measured on one thread in floating-point operations of a matrix product that take the same time: of
+# the Gram form for every anchor and squared number of steps, with and without compiled steps; of the direct form for
+# every component and squared number of steps.
+_COMPILED_UPDATE = 1.5
+_UPDATE = 10.0
+_ORTHOGONALISATION = 215.0
+# targets * anchors * sparsity**2: from here on the compiled steps save more time than numba's import takes.
+_COMPILED_UPDATES = 10**10
 
 
 class _Supports(NamedTuple):
@@ -87,43 +95,123 @@ def orthogonal_matching_pursuit(
     _check_count(sparsity, len(anchors))
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm is one of {', '.join(ALGORITHMS)}, not {algorithm!r}")
+    kernel = _kernel_for(targets, len(anchors), sparsity)
     if algorithm == "auto":
-        algorithm = _cheaper_algorithm(len(targets), len(anchors), anchors.shape[1], sparsity, memory_budget)
+        compiled = kernel is not None
+        algorithm = _cheaper_algorithm(len(targets), len(anchors), anchors.shape[1], sparsity, memory_budget, compiled)
 
-    gram = anchors @ anchors.T if algorithm == "gram" else None
+    gram = _gram_form(anchors, kernel) if algorithm == "gram" else None
     results = [torch.empty(0, sparsity, dtype=torch.int64, device=targets.device)]
     weights = [torch.empty(0, sparsity, device=targets.device)]
     for block in targets.split(_BLOCK_TARGETS):
         supports = _supports_of_block(block, anchors, gram, sparsity)
         results.append(supports.indices)
-        weights.append(_least_squares_weights(block, anchors, supports))
+        weights.append(_least_squares_weights(block, anchors, supports, kernel))
     return SparseCombinations(torch.cat(results), torch.cat(weights))
 
 
-def _cheaper_algorithm(targets: int, anchors: int, width: int, sparsity: int, memory_budget: int) -> str:
-    """ "gram" or "direct", by floating-point operations and bytes that pass through the cache."""
-    if 4 * anchors**2 > memory_budget:
+def _cheaper_algorithm(
+    targets: int, anchors: int, width: int, sparsity: int, memory_budget: int, compiled: bool
+) -> str:
+    """ "gram" or "direct", by their times. What both do for every anchor in a step is left out."""
+    # Half as many anchors as dimensions leave so little of a target that the Gram form cannot be trusted.
+    if 4 * anchors**2 > memory_budget or 2 * sparsity >= width:
         return "direct"
-    products = 2 * targets * anchors * width
-    update_bytes = targets * anchors * (2 * sparsity**2 + _STEP_BYTES * sparsity)
-    gram_cost = 2 * anchors**2 * width + products + _OPERATIONS_PER_BYTE * update_bytes
-    return "gram" if gram_cost < products * sparsity else "direct"
+    products, update = 2 * targets * anchors * width, _COMPILED_UPDATE if compiled else _UPDATE
+    gram_cost = 2 * anchors**2 * width + products + update * targets * anchors * sparsity**2
+    direct_cost = products * sparsity + _ORTHOGONALISATION * targets * width * sparsity**2
+    return "gram" if gram_cost < direct_cost else "direct"
 
 
-def _supports_of_block(targets: Tensor, anchors: Tensor, gram: Tensor | None, sparsity: int) -> _Supports:
+class _GramForm(NamedTuple):
+    """What the pursuit by inner products knows of the anchors.
+
+    matrix: `(anchors, columns)` float32, their inner products with the columns.
+    columns: `(columns, width)` float32, the anchors and, for the compiled steps, zeros behind them.
+    kernel: `pursuit_kernel`, or None for steps by torch.
+    """
+
+    matrix: Tensor
+    columns: Tensor
+    kernel: Any
+
+
+def _gram_form(anchors: Tensor, kernel: Any) -> _GramForm:
+    columns = anchors
+    if kernel is not None:
+        columns = torch.nn.functional.pad(anchors, (0, 0, 0, -len(anchors) % kernel.TILE_ANCHORS))
+    if anchors.device.type != "cpu":
+        return _GramForm(anchors @ columns.T, columns, kernel)
+    # numpy asks for huge pages, torch does not: to find the small ones costs a part of the time.
+    matrix = torch.from_numpy(np.empty((len(anchors), len(columns)), np.float32))
+    for rows, block in zip(matrix.split(_BLOCK_TARGETS), anchors.split(_BLOCK_TARGETS)):
+        rows.copy_(_products(block, columns))
+    return _GramForm(matrix, columns, kernel)
+
+
+def _products(rows: Tensor, columns: Tensor) -> Tensor:
+    """`rows @ columns.T` of float32. On a CPU by the function of oneDNN that Inductor's code calls: the library behind
+    `@` takes twice as long on some processors, and there is no public choice between them."""
+    onednn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    if rows.device.type != "cpu" or not onednn or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return rows @ columns.T
+    return torch.ops.mkldnn._linear_pointwise.default(rows, columns, None, "none", [], "")
+
+
+def _kernel_for(targets: Tensor, anchors: int, sparsity: int) -> Any:
+    """`pursuit_kernel` where the steps are on a CPU and enough for it."""
+    enough = len(targets) * anchors * sparsity**2 >= _COMPILED_UPDATES
+    return _pursuit_kernel() if enough and targets.device.type == "cpu" else None
+
+
+@lru_cache
+def _pursuit_kernel() -> Any:
+    """The compiled steps of `pursuit_kernel.py`; None without numba."""
+    try:
+        from .pursuit_kernel import TILE_ANCHORS, pursuit_steps, refined_weights
+    except ImportError:
+        return None
+    except Exception as error:  # of numba's or LLVM's: another version than those known
+        warnings.warn(
+            f"matching pursuit goes on without its compiled steps, which numba refuses: {error}", stacklevel=2
+        )
+        return None
+    return SimpleNamespace(TILE_ANCHORS=TILE_ANCHORS, pursuit_steps=pursuit_steps, refined_weights=refined_weights)
+
+
+def _supports_of_block(targets: Tensor, anchors: Tensor, gram: _GramForm | None, sparsity: int) -> _Supports:
     if gram is None:
         return _direct_pursuit(targets, anchors, sparsity)
-    tile_bytes = _TILE_BYTES.get(targets.device.type, _TILE_BYTES["cuda"])
-    tile = max(1, tile_bytes // (4 * sparsity * len(anchors)))
-    tiles = zip(targets.split(tile), (targets @ anchors.T).split(tile))
-    parts, trusted = zip(*(_gram_pursuit(part, correlations, anchors, gram, sparsity) for part, correlations in tiles))
-    supports = _Supports(*(torch.cat(field) for field in zip(*parts)))
-    again = (~torch.cat(trusted)).nonzero().squeeze(1)
+    correlations = _products(targets, gram.columns)
+    if gram.kernel is not None:
+        supports, trusted = _compiled_pursuit(targets, correlations, anchors, gram, sparsity)
+    else:
+        tile_bytes = _TILE_BYTES.get(targets.device.type, _TILE_BYTES["cuda"])
+        tile = max(1, tile_bytes // (4 * sparsity * len(anchors)))
+        tiles = zip(targets.split(tile), correlations.split(tile))
+        parts, known = zip(*(_gram_pursuit(*part, anchors, gram.matrix, sparsity) for part in tiles))
+        supports, trusted = _Supports(*(torch.cat(field) for field in zip(*parts))), torch.cat(known)
+    again = (~trusted).nonzero().squeeze(1)
     if len(again):
         repeated = _direct_pursuit(targets[again], anchors, sparsity)
         for field, repeated_field in zip(supports, repeated):
             field[again] = repeated_field
     return supports
+
+
+def _compiled_pursuit(
+    targets: Tensor, correlations: Tensor, anchors: Tensor, gram: _GramForm, sparsity: int
+) -> tuple[_Supports, Tensor]:
+    """As `_gram_pursuit`, by the compiled steps."""
+
+    def decide(target: int, candidates: Tensor, taken: Tensor) -> int:
+        return int(_decided(candidates, targets[target], anchors, taken))
+
+    sizes = gram.matrix.diagonal()
+    close = _close(targets, sizes).squeeze(1)
+    steps = gram.kernel.pursuit_steps(correlations, gram.matrix, close, sparsity, decide)
+    energies = targets.double().square().sum(1, keepdim=True)
+    return _checked_supports(steps.indices, steps.taken, steps.remainders, steps.shares, energies, sizes)
 
 
 def _gram_pursuit(
@@ -194,7 +282,7 @@ def _direct_pursuit(targets: Tensor, anchors: Tensor, sparsity: int) -> _Support
     active = norms > 0
     magnitudes, close = targets.new_empty(count, len(anchors)), _close(targets, anchors.square().sum(1))
     for step in range(min(sparsity, width)):
-        torch.matmul(residuals, anchors.T, out=magnitudes).abs_()
+        torch.abs(_products(residuals, anchors), out=magnitudes)
         if step:
             magnitudes.scatter_(1, indices[:, :step].clamp(min=0), 0.0)
         chosen = _chosen(magnitudes, close, targets, anchors, indices[:, :step]).squeeze(1)
@@ -274,25 +362,31 @@ def _first_largest(values: Tensor) -> Tensor:
     return values.argmax(1)
 
 
-def _least_squares_weights(targets: Tensor, anchors: Tensor, supports: _Supports) -> Tensor:
+def _least_squares_weights(targets: Tensor, anchors: Tensor, supports: _Supports, kernel: Any) -> Tensor:
     """Weights `(targets, k)` float32 of the least squares of every target on its support.
 
     The factor of the pursuit, known to about float32, preconditions sweeps of iterative refinement in float64; where
     they do not converge, the support is nearly dependent and the weights come from its singular values.
     """
-    weights = []
-    for block, indices, factors in zip(*(field.split(32) for field in (targets, supports.indices, supports.factors))):
-        points = _points(anchors, indices)
-        solution = torch.zeros(indices.shape, dtype=torch.float64, device=targets.device)
-        for _ in range(2):
-            residuals = block.double().unsqueeze(2) - points.transpose(1, 2) @ solution.unsqueeze(2)
-            correction = torch.cholesky_solve(points @ residuals, factors).squeeze(2)
-            solution = solution + correction
-        stray = ~(_norms(correction) <= _CONVERGED * _norms(solution))  # NaN strays
-        if stray.any():
-            solution[stray] = _unconstrained_weights(block[stray].double(), points[stray])
-        weights.append(torch.where(indices < 0, 0.0, solution).float())
-    return torch.cat(weights)
+    refined = _refined_weights if kernel is None else kernel.refined_weights
+    weights, corrections = refined(targets, anchors, *supports)
+    stray = ~(_norms(corrections) <= _CONVERGED * _norms(weights))  # NaN strays
+    for rows in stray.nonzero().squeeze(1).split(32):
+        weights[rows] = _unconstrained_weights(targets[rows].double(), _points(anchors, supports.indices[rows]))
+    return torch.where(supports.indices < 0, 0.0, weights).float()
+
+
+def _refined_weights(targets: Tensor, anchors: Tensor, indices: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+    """Least-squares weights after two sweeps, and the corrections of the second, `(targets, k)` float64 each."""
+    parts = []
+    for block, taken, factor in zip(targets.split(32), indices.split(32), factors.split(32)):
+        points = _points(anchors, taken)
+        solution = torch.cholesky_solve(points @ block.double().unsqueeze(2), factor)
+        residuals = block.double().unsqueeze(2) - points.transpose(1, 2) @ solution
+        correction = torch.cholesky_solve(points @ residuals, factor)
+        parts.append(torch.cat([solution + correction, correction], 2))
+    weights, corrections = torch.cat(parts).unbind(2)
+    return weights, corrections
 
 
 def _norms(values: Tensor) -> Tensor:
