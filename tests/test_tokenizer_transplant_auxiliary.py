@@ -462,10 +462,10 @@ def test_word_vectors():
         (torch.ones(2, 2), TypeError, "found Tensor"),
         ({"a": [1.0], "b": [1.0, 2.0]}, ValueError, "all of one length"),
         ({"a": [1.0], "b": [torch.nan]}, ValueError, "auxiliary vector 1 holds NaN"),
-        ({}, ValueError, r"\(n, dim\), found the shape \(0,\)"),
+        ((torch.ones(2), ["a", "b"]), ValueError, r"\(n, dim\), found the shape \(2,\)"),
         ((torch.ones(3, 2), ["a", "b"]), ValueError, "found 3 rows and 2 strings"),
         ((torch.ones(2, 2), ["a", "a"]), ValueError, "2 strings, 1 of them distinct"),
-        ("nowhere.safetensors", FileNotFoundError, "nowhere_strings.json"),
+        ("nowhere.safetensors", FileNotFoundError, "there is no file nowhere.safetensors"),
     ],
 )
 def test_what_is_no_source(source, error, message):

@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer
 
@@ -169,6 +170,34 @@ def test_every_argument_is_checked(kind, arguments, message):
     given = {"model_or_path": BASE, "new_tokenizer": DONOR, "method": "retok", "auxiliary": EveryText()} | arguments
     with pytest.raises(kind, match=message):
         transplant_tokenizer(**given)
+
+
+@pytest.mark.parametrize(
+    ("source", "kind", "message"),
+    [
+        ({}, ValueError, "auxiliary vectors must be those of at least one string; found none"),
+        ({5: [1.0]}, TypeError, "auxiliary vectors must belong to strings; found 5"),
+        ({"a": [1.0, 2.0], "b": [1.0]}, ValueError, "must be numbers, and all of one length"),
+        ({"a": [math.nan]}, ValueError, "auxiliary vector 0 holds NaN"),
+        (5, TypeError, "expected auxiliary vectors as .*; found int"),
+        ("./nowhere", FileNotFoundError, "there is no folder ./nowhere of an encoder"),
+        ("nowhere.safetensors", FileNotFoundError, "there is no file nowhere.safetensors"),
+        ("{folder}/empty", ValueError, "no encoder for auxiliary vectors can be read from '.*empty'"),
+        ("{folder}/torn.safetensors", ValueError, r"torn\.safetensors is damaged or truncated"),
+        ("{folder}/text.safetensors", ValueError, r"expected a JSON list of strings in .*text\.json"),
+    ],
+)
+@pytest.mark.parametrize("method", ["tokenadapt", "retok"])
+def test_auxiliary_vectors_that_are_none(method, source, kind, message, tokenizers, table, tmp_path):
+    (tmp_path / "empty").mkdir()
+    save_file({"table": torch.ones(1, 2)}, tmp_path / "text.safetensors")
+    (tmp_path / "text.json").write_text('["a"')
+    (tmp_path / "torn.safetensors").write_bytes((tmp_path / "text.safetensors").read_bytes()[:40])
+    (tmp_path / "torn.json").write_text('["a"]')
+    if isinstance(source, str):
+        source = source.format(folder=tmp_path)
+    with pytest.raises(kind, match=message):
+        plan_transplant(*tokenizers, table, None, method, auxiliary=source)
 
 
 @pytest.mark.parametrize("parts", [5, [("retok",)], [("retok", "x")], [(3, 0.5)]])

@@ -90,6 +90,11 @@ class VectorTable:
     """A table of vectors, `(n, dim)`, and the n strings they belong to; strings are looked up as they are."""
 
     def __init__(self, table: Any, strings: Sequence[str]):
+        if not len(strings):
+            raise ValueError("auxiliary vectors must be those of at least one string; found none")
+        foreign = [string for string in strings if not isinstance(string, str)]
+        if foreign:
+            raise TypeError(f"auxiliary vectors must belong to strings; found {foreign[0]!r}")
         self._table = _as_table(table)
         self._positions = {string: position for position, string in enumerate(strings)}
         if len(strings) != len(self._table) or len(self._positions) != len(strings):
@@ -331,7 +336,13 @@ def _sentence_transformer(name: str) -> Any:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
         raise ImportError("to load an encoder by its name, install sentence-transformers") from error
-    return SentenceTransformer(name)
+    if name.startswith((".", os.sep)) and not Path(name).exists():
+        raise FileNotFoundError(f"there is no folder {name} of an encoder for auxiliary vectors")
+    try:
+        return SentenceTransformer(name)
+    except (OSError, ValueError) as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"no encoder for auxiliary vectors can be read from {name!r}: {error}") from error
 
 
 @contextmanager
@@ -391,16 +402,24 @@ def _as_table(table: Any) -> Tensor:
 
 
 def _stored_table(table_path: Path, strings_path: Path) -> VectorTable:
-    tensors = load_file(table_path)
+    try:
+        tensors = load_file(table_path)
+    except SafetensorError as error:
+        raise ValueError(f"{table_path} is damaged or truncated ({error})") from error
     if len(tensors) != 1:
         raise ValueError(f"expected one tensor in {table_path}, found {sorted(tensors)}")
-    strings = json.loads(strings_path.read_text(encoding="utf-8"))
+    try:
+        strings = json.loads(strings_path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"expected a JSON list of strings in {strings_path}: {error}") from error
     if not isinstance(strings, list) or not all(isinstance(string, str) for string in strings):
         raise ValueError(f"expected a JSON list of strings in {strings_path}")
     return VectorTable(next(iter(tensors.values())), strings)
 
 
 def _strings_beside(table_path: Path) -> Path:
+    if not table_path.is_file():
+        raise FileNotFoundError(f"there is no file {table_path} of auxiliary vectors")
     beside = [table_path.with_suffix(".json"), table_path.with_name(f"{table_path.stem}_strings.json")]
     for path in beside:
         if path.exists():
