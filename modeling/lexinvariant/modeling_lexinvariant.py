@@ -352,7 +352,7 @@ def _check_explicit(config, batch: int, table: Tensor | None, permutations: Tens
 
 def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     # In float32, as fused kernels do: of a bias of hundreds, 16 bits leave no room for the products.
-    weights = (query @ key.transpose(2, 3)).float() * scaling + attention_mask
+    weights = torch.add(attention_mask, (query @ key.transpose(2, 3)).float(), alpha=scaling)
     weights = functional.softmax(weights, dim=-1).to(query.dtype)
     weights = functional.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2), weights
@@ -410,14 +410,18 @@ class LexinvariantAttention(nn.Module):
         if self.attn_scale is not None:
             scale = self.attn_scale.abs().to(query.dtype)[:, None, None]
             query, bias, scaling = _unit_length(query) * scale, bias * scale, 1.0
+        # Not a sum, which overflows in float16.
+        mask = bias.to(query.dtype).masked_fill(attention.forbidden, torch.finfo(query.dtype).min)
         kernel: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        if mask.requires_grad and mask.device.type == "cpu" and self.config._attn_implementation == "sdpa":
+            # A trained bias has no fused kernel there, and what sdpa does instead takes longer.
+            kernel = eager_attention
         output, weights = kernel(
             self,
             query,
             key,
             value,
-            # Not a sum, which overflows in float16.
-            bias.to(query.dtype).masked_fill(attention.forbidden, torch.finfo(query.dtype).min),
+            mask,
             scaling=scaling,
             dropout=self.config.attention_dropout if self.training else 0.0,
             **kwargs,
