@@ -8,7 +8,7 @@ from transformers import AutoConfig
 
 from rarezoo.auto import FAMILIES
 
-from .cases import CASES
+from .cases import CASES, MODELS
 
 FAULTS = [(family, *fault) for family, case in CASES.items() for fault in case.faulty_configs]
 
@@ -28,12 +28,12 @@ def test_faulty_fields_in_a_checkpoint_are_refused(family, fields, message, tmp_
         model_class(AutoConfig.from_pretrained(tmp_path, **fields))
 
 
-@pytest.mark.parametrize("family", CASES)
+@pytest.mark.parametrize("family", MODELS)
 def test_faulty_assignment_is_refused(family):
-    config = CASES[family].make_config()
+    config = MODELS[family].make_config()
     with pytest.raises(StrictDataclassError, match="'hidden_size' expected int, got str"):
         config.hidden_size = "32"
-    assert config.hidden_size == CASES[family].config["hidden_size"]
+    assert config.hidden_size == MODELS[family].config["hidden_size"]
 
 
 @pytest.mark.parametrize("family", CASES)
@@ -47,9 +47,9 @@ def test_save_and_load_keep_every_field(family, tmp_path):
         assert getattr(loaded, name) == value
 
 
-@pytest.mark.parametrize("family", CASES)
+@pytest.mark.parametrize("family", MODELS)
 def test_instances_do_not_share_their_class_map(family):
-    first, second = CASES[family].make_config(), CASES[family].make_config()
+    first, second = MODELS[family].make_config(), MODELS[family].make_config()
     first.auto_map["AutoModel"] = "elsewhere.Model"
     assert second.auto_map["AutoModel"] != "elsewhere.Model"
-    assert CASES[family].make_config().auto_map["AutoModel"] != "elsewhere.Model"
+    assert MODELS[family].make_config().auto_map["AutoModel"] != "elsewhere.Model"

@@ -577,8 +577,3 @@ def test_faulty_configurations_are_refused(fields, message, tmp_path):
     TransplantedConfig().save_pretrained(tmp_path)
     with pytest.raises(StrictDataclassError, match=message):
         TransplantedConfig.from_pretrained(tmp_path, **fields)
-
-
-def test_instances_do_not_share_their_class_map():
-    TransplantedConfig().auto_map["AutoModel"] = "elsewhere.Model"
-    assert TransplantedConfig().auto_map["AutoModel"] != "elsewhere.Model"
