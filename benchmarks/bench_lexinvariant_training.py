@@ -2,10 +2,10 @@
 
 Text: the standard library's top-level modules in lower case, every run of other characters one space, 27 symbols; every
 tenth file is held out. Two layers of width 64 by `LanguageModelRecipe.small_from_scratch`; the number of steps is what
-the budget of CPU seconds allows, by the time of a few steps before. Where the processor multiplies matrices in
-bfloat16, training does. Perplexities over all 128 predicted symbols and by position, with one table per window and
-averaged over eight: of 200 held-out windows, and of all that stand side by side. The choice of 200 alone makes figures
-by position uncertain by 2 to 3 % (standard error), whatever the seed of the training.
+the budget of CPU seconds allows, by the time of a few steps before. Perplexities over all 128 predicted symbols and by
+position, with one table per window and averaged over eight: of 200 held-out windows, and of all that stand side by
+side. The choice of 200 alone makes figures by position uncertain by 2 to 3 % (standard error), whatever the seed of the
+training.
 
 LookUp: lists of 3 to 10 pairs of random ids out of 64, Gaussian tables, only the answer is learned; accuracy on 1000
 prompts of 8 pairs, with those ids and with ids below a million that training never showed. One thread throughout; the
@@ -39,7 +39,6 @@ LOOKUP = {"vocab_size": 64, "table": "gaussian", "unseen_logits": "sampled"}
 BUDGETS = {"lexinvariant": 120, "standard": 40, "lookup": 30}
 KEPT = 0.95
 CALIBRATION_STEPS = (10, 40)
-BFLOAT16 = bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 
 
 def read_corpus() -> tuple[torch.Tensor, torch.Tensor]:
@@ -143,7 +142,7 @@ def summary(runs: list[dict]) -> dict:
 def learn_text(table: str, seconds: float, rows, held_out) -> dict:
     runs = []
     for seed in SEEDS:
-        recipe = {"config": {**TEXT, "table": table}, "sequence_length": LENGTH, "bf16": BFLOAT16, "seed": seed}
+        recipe = {"config": {**TEXT, "table": table}, "sequence_length": LENGTH, "seed": seed}
         model, figures = run_within(seconds, recipe, rows)
         figures |= text_figures(model, held_out, tables=(1,) if table == "learned" else (1, 8))
         runs.append(figures)
@@ -174,7 +173,6 @@ def main() -> None:
     figures = {
         "symbols for training": len(training),
         "symbols held out": len(held_out),
-        "training in bfloat16": BFLOAT16,
         "standard twin": learn_text("learned", BUDGETS["standard"], rows, held_out),
         "lexinvariant, orthonormal tables": learn_text("orthonormal", BUDGETS["lexinvariant"], rows, held_out),
         "lookup, Gaussian tables": learn_lookup(BUDGETS["lookup"]),
