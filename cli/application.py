@@ -6,6 +6,7 @@ on standard error and exit code 2. Anything else is a fault of the program and k
 
 from __future__ import annotations
 
+import gc
 import logging
 from typing import Annotated, Any
 
@@ -178,4 +179,7 @@ app.command("quickstart")(quickstart_command.quickstart)
 
 def main() -> None:
     """Entry point of the console script."""
+    # The hundreds of thousands of objects that imports make live to the end: by Python's default they are searched for
+    # garbage again and again, a tenth of a short command's time.
+    gc.set_threshold(50_000, *gc.get_threshold()[1:])
     app()

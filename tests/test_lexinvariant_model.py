@@ -89,6 +89,14 @@ def test_first_weights(fields):
         assert attention.attn_scale is None or (attention.attn_scale == 8).all()
 
 
+def test_first_scales_of_the_heads_may_differ():
+    for layer in build(attn_scale_init=8.0, attn_scale_spread=1.5).model.layers:
+        scales = layer.self_attn.attn_scale.flatten()
+        assert len(scales) == build().config.num_attention_heads
+        torch.testing.assert_close(scales[[0, -1]], 8 * torch.tensor([-1.5, 1.5]).exp())
+        torch.testing.assert_close(scales[1:] / scales[:-1], (scales[1] / scales[0]).expand(len(scales) - 1))
+
+
 # --- what may be changed ----------------------------------------------------------------------------------------------
 
 

@@ -74,6 +74,9 @@ class LexinvariantConfig(PretrainedConfig):
             `"mimetic"`: orthogonal W_v, W_o = 0.7 W_v^T, W_q = W_k orthogonal, which copies random rows from the start.
         attn_scale_init (`float`, defaults to 1.0), final_norm_init (`float`, defaults to 1.0):
             First values of the attention scales and of the final norm; 0.2 for the latter starts at the loss ln V.
+        attn_scale_spread (`float`, defaults to 0.0):
+            The heads' first scales go from `attn_scale_init` * exp(-spread) to `attn_scale_init` * exp(spread) in equal
+            ratios: heads that begin alike stay alike for long, until one of them parts from the others by chance.
         key_smear (`bool`, defaults to `False`):
             Keys are mixed with their predecessors' in a trained proportion per head.
     """
@@ -111,6 +114,7 @@ class LexinvariantConfig(PretrainedConfig):
     eval_seed: int = 0
     initialization: str = "standard"
     attn_scale_init: float = 1.0
+    attn_scale_spread: float = 0.0
     final_norm_init: float = 1.0
     key_smear: bool = False
     use_cache: bool = True

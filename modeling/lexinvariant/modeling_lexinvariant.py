@@ -572,7 +572,9 @@ class LexinvariantPreTrainedModel(PreTrainedModel):
                     initialization.normal_(weight, std=config.embedding_std)
         elif isinstance(module, LexinvariantAttention):
             if module.attn_scale is not None:
-                initialization.constant_(module.attn_scale, config.attn_scale_init)
+                spread = torch.linspace(-config.attn_scale_spread, config.attn_scale_spread, config.num_attention_heads)
+                scales = (config.attn_scale_init * spread.exp()).to(module.attn_scale)
+                initialization.copy_(module.attn_scale, scales.view_as(module.attn_scale))
             if module.key_smear is not None:
                 initialization.zeros_(module.key_smear)
             if config.initialization == "mimetic":
