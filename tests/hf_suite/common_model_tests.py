@@ -53,6 +53,9 @@ class ModelTester:
         input_ids = test_modeling_common.ids_tensor([self.batch_size, self.seq_length], config.vocab_size).to(
             torch_device
         )
+        # Padding, which X-MOD gives no position of its own, would not be told by embeddings.
+        if config.pad_token_id is not None:
+            input_ids[input_ids == config.pad_token_id] = (config.pad_token_id + 1) % config.vocab_size
         return config, {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
     prepare_config_and_inputs = prepare_config_and_inputs_for_common
