@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -196,6 +198,85 @@ def test_without_numba_or_where_it_fails(monkeypatch):
         sparse_coding._pursuit_kernel.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("of_targets", "of_anchors"), [(1e20, 1), (1, 1e20), (1e-20, 1e-20), (1e20, 1e20), (1e-42, 1e-38), (1e36, 1e36)]
+)
+def test_supports_do_not_depend_on_the_scale(algorithm, of_targets, of_anchors):
+    anchors, targets = of_anchors * random(150, 64), of_targets * random(12, 64, seed=1)
+    indices, weights = orthogonal_matching_pursuit(targets, anchors, 8, algorithm=algorithm)
+    for row, target in enumerate(targets):
+        support, expected = reference_pursuit(target, anchors, 8)
+        assert indices[row].tolist() == support
+        torch.testing.assert_close(weights[row].double(), expected, atol=0, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_default_dtype_and_device_change_nothing(algorithm, dtype, device):
+    anchors, targets = random(150, 64), random(12, 64, seed=1)
+    expected = orthogonal_matching_pursuit(targets, anchors, 8, algorithm=algorithm)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            found = orthogonal_matching_pursuit(targets, anchors, 8, algorithm=algorithm)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(found.indices, expected.indices)
+    assert found.weights.dtype == torch.float32 and torch.equal(found.weights, expected.weights)
+
+
+@pytest.mark.parametrize("started", [0, 1])
+def test_where_not_all_threads_can_be_started(started, monkeypatch):
+    """As in a thread that outlives the main thread, or at the system's limit: every target is taken once."""
+    pytest.importorskip("numba")
+    anchors, targets = random(300, 64), random(40, 64, seed=1)
+    monkeypatch.setattr(sparse_coding, "_COMPILED_UPDATES", 0)
+    expected = orthogonal_matching_pursuit(targets, anchors, 8, algorithm="gram")
+    start, starts = threading.Thread.start, itertools.count()
+
+    def start_few(thread):
+        if next(starts) % 3 >= started:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_few)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    found = orthogonal_matching_pursuit(targets, anchors, 8, algorithm="gram")
+    assert torch.equal(found.indices, expected.indices) and torch.equal(found.weights, expected.weights)
+    assert next(starts) > 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("DISABLE_JIT", 1), ("CPU_NAME", "generic"), ("CPU_FEATURES", "+avx2"), ("ENABLE_AVX", 0)]
+)
+def test_where_numba_may_not_compile_for_this_processor(monkeypatch, name, value):
+    pytest.importorskip("numba")
+    monkeypatch.setattr(f"numba.config.{name}", value)
+    monkeypatch.delitem(sys.modules, f"{sparse_coding.__package__}.pursuit_kernel", raising=False)
+    sparse_coding._pursuit_kernel.cache_clear()
+    try:
+        assert sparse_coding._pursuit_kernel() is None
+    finally:
+        monkeypatch.undo()
+        sparse_coding._pursuit_kernel.cache_clear()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("cannot cache function"), EOFError("Ran out of input")])
+def test_where_the_cache_of_machine_code_cannot_be_written_or_is_damaged(error, monkeypatch):
+    pytest.importorskip("numba")
+    assert sparse_coding._pursuit_kernel() is not None
+    module = sys.modules[f"{sparse_coding.__package__}.pursuit_kernel"]
+
+    def njit(signature, cache=False):
+        if cache:
+            raise error
+        return lambda function: (signature, function)
+
+    monkeypatch.setattr(module, "njit", njit)
+    assert module._compiled("signature", {})(len) == ("signature", len)
+
+
 def test_the_cost_model_keeps_to_its_budget_and_knows_when_gram_pays():
     choose = sparse_coding._cheaper_algorithm
     for compiled in (False, True):
@@ -215,8 +296,16 @@ def test_pursuit_refuses_what_it_cannot_do():
         orthogonal_matching_pursuit(random(2, 8), anchors, 0)
     with pytest.raises(ValueError, match=r"found \(2, 7\) and \(5, 8\)"):
         orthogonal_matching_pursuit(random(2, 7), anchors, 2)
-    with pytest.raises(ValueError, match="anchors must be finite, but row 3 is not"):
+    with pytest.raises(ValueError, match="anchors must be finite in float32, but row 3 is not"):
         orthogonal_matching_pursuit(random(2, 8), anchors.index_fill(0, torch.tensor([3]), float("nan")), 2)
+    with pytest.raises(ValueError, match="targets must be finite in float32, but row 0 is not"):
+        orthogonal_matching_pursuit(1e300 * random(2, 8).double(), anchors, 2)
+    with pytest.raises(ValueError, match="target 0 is so much longer than its anchors"):
+        orthogonal_matching_pursuit(1e20 * random(2, 8), 1e-20 * anchors, 2)
+    with pytest.raises(ValueError, match=r"found \(2, 0\) and \(5, 0\)"):
+        orthogonal_matching_pursuit(random(2, 0), random(5, 0), 2)
+    with pytest.raises(ValueError, match="k must be an integer, found True"):
+        orthogonal_matching_pursuit(random(2, 8), anchors, True)
     with pytest.raises(ValueError, match="gram, direct"):
         orthogonal_matching_pursuit(random(2, 8), anchors, 2, algorithm="fast")
     assert orthogonal_matching_pursuit(anchors[:0], anchors, 2).indices.shape == (0, 2)

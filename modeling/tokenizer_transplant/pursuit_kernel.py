@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,13 +25,21 @@ from torch import Tensor
 
 try:
     from llvmlite import binding, ir
-    from numba import float32, float64, int64, njit, types
+    from numba import config, float32, float64, int64, njit, types
     from numba.extending import intrinsic
 except ImportError as error:
     raise ImportError("this module needs numba") from error
+_settings: Any = config  # numba sets its attributes from the environment, where type checkers do not see them
+if _settings.DISABLE_JIT:
+    raise ImportError("this module needs numba's compiler, which NUMBA_DISABLE_JIT turns off")
+_features = binding.get_host_cpu_features()
+_is_known = "sse2" not in _features or (_settings.ENABLE_AVX and _features.get("avx2") and _features.get("fma"))
+if _settings.CPU_NAME or _settings.CPU_FEATURES or not _is_known:
+    # For another processor, LLVM calls a function for every product, or ends the whole process.
+    raise ImportError("this module needs numba to compile for this processor, on x86 one with AVX2 and FMA")
 
 # The sums of a tile, `GROUP_STEPS` times `_REGISTERS`, and its earlier directions fill the 32 or 16 registers.
-_LANES, _REGISTERS = (16, 4) if binding.get_host_cpu_features().get("avx512f") else (8, 2)
+_LANES, _REGISTERS = (16, 4) if _features.get("avx512f") else (8, 2)
 TILE_ANCHORS = _LANES * _REGISTERS
 _GROUP_STEPS = 6
 _CANDIDATES = 128  # the most promising anchors: at most so many, and at least half of them where there are
@@ -73,10 +83,10 @@ def pursuit_steps(
     """
     count, columns = correlations.shape
     steps = Steps(
-        torch.zeros(count, sparsity, dtype=torch.int64),
-        torch.zeros(count, sparsity),
-        torch.zeros(count, sparsity),
-        torch.zeros(count, sparsity, sparsity),
+        torch.zeros(count, sparsity, dtype=torch.int64, device=correlations.device),
+        correlations.new_zeros(count, sparsity),
+        correlations.new_zeros(count, sparsity),
+        correlations.new_zeros(count, sparsity, sparsity),
     )
     arrays = [tensor.numpy() for tensor in (correlations, gram, close, *steps)]
 
@@ -102,7 +112,7 @@ def refined_weights(targets: Tensor, anchors: Tensor, indices: Tensor, factors: 
         negative and last; factors: `(targets, k, k)` float64, about the Cholesky factors of the Gram matrices of the
         anchors taken, rows of unused places those of the identity.
     """
-    weights, corrections = torch.zeros(2, *indices.shape, dtype=torch.float64)
+    weights, corrections = factors.new_zeros(2, *indices.shape)
     arrays = [tensor.contiguous().numpy() for tensor in (targets, anchors, indices, factors, weights, corrections)]
 
     def run(start: int, end: int) -> None:
@@ -112,15 +122,42 @@ def refined_weights(targets: Tensor, anchors: Tensor, indices: Tensor, factors: 
     return weights, corrections
 
 
+def make_orthogonal(residual: Tensor, points: Tensor) -> None:
+    """Subtract from `residual`, `(width,)`, its part in the space of `points`, `(n, width)`, both float64, in place.
+    The points become a basis."""
+    _make_orthogonal(residual.numpy(), points.numpy())
+
+
 def _in_threads(run: Callable[[int, int], None], count: int) -> None:
-    """Call `run(start, end)` for ranges of targets."""
+    """Call `run(start, end)` once for each of several ranges of targets, in this thread and as many others as torch may
+    use and the system starts."""
     threads = max(1, min(torch.get_num_threads(), count))
     bounds = np.linspace(0, count, threads + 1).astype(int).tolist()
     if threads == 1:
         run(*bounds)
         return
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(run, bounds[:-1], bounds[1:]))
+    ranges = SimpleQueue[tuple[int, int]]()
+    for start_and_end in pairwise(bounds):
+        ranges.put(start_and_end)
+
+    def run_ranges() -> None:
+        while True:
+            try:
+                start, end = ranges.get_nowait()
+            except Empty:
+                return
+            run(start, end)
+
+    with ThreadPoolExecutor(threads - 1) as pool:
+        helpers = []
+        try:
+            for _ in range(threads - 1):
+                helpers.append(pool.submit(run_ranges))
+        except RuntimeError:  # once the main thread has ended, or at the system's limit, Python starts no other
+            pass
+        run_ranges()
+    for helper in helpers:
+        helper.result()
 
 
 def _aligned(*shape: int) -> np.ndarray:
@@ -479,7 +516,7 @@ def _compiled(signature: Any, options: Any) -> Callable:
     def compile_function(function: Callable) -> Callable:
         try:
             return njit(signature, cache=True, **options)(function)
-        except RuntimeError:  # numba finds no folder that it may write its cache to
+        except Exception:  # numba finds no folder that it may write its cache to, or what it finds there is damaged
             return njit(signature, **options)(function)
 
     return compile_function
@@ -561,3 +598,24 @@ def _refine(targets, anchors, indices, factors, weights, corrections, start, end
                 correction[place] = _product(anchors[taken[place]], residual)
             _solve(factor, correction, count)
             solution += correction
+
+
+@njit(**_FLOAT64)
+def _subtract_parts(vector, basis):
+    for _ in range(2):  # once is not enough in floating point
+        for place in range(len(basis)):
+            share = _product(basis[place], vector)
+            for component in range(len(vector)):
+                vector[component] -= share * basis[place, component]
+
+
+@_compiled(types.void(float64[::1], float64[:, ::1]), _FLOAT64)
+def _make_orthogonal(residual, points):
+    """By Gram and Schmidt."""
+    for place in range(len(points)):
+        point = points[place]
+        _subtract_parts(point, points[:place])
+        size = np.sqrt(_product(point, point))
+        if size > 0:
+            point /= size
+    _subtract_parts(residual, points)

@@ -32,6 +32,7 @@ _BLOCK_TARGETS = 256  # targets whose products with all anchors are computed at 
 
 # A residual or an atom's remainder below this part of the target or atom is rounding, not signal: the pursuit ends.
 _TOLERANCE = 1e-6
+_COMMON_EXPONENT = 16  # of two: with components up to such powers, no product or square leaves float32
 # The Gram form loses digits as residuals and remainders shrink. Below these parts of squared norms, targets are
 # repeated in the direct form, which computes with the vectors themselves.
 _TRUSTED_ENERGY = 1e-3
@@ -88,11 +89,11 @@ def orthogonal_matching_pursuit(
         bytes; "direct" multiplies residuals and anchors anew in every step; "auto" takes the cheaper one for these
         sizes whose Gram matrix keeps to `memory_budget` bytes.
 
-    Raises ValueError for shapes that do not fit, values that are not finite, `sparsity` below 1 or above the number
-    of anchors.
+    Raises ValueError for shapes that do not fit, values that are not finite in float32, `sparsity` below 1 or above the
+    number of anchors, and for targets so much longer than the anchors that float32 does not hold their weights.
     """
     targets, anchors = _checked_pair(targets, anchors)
-    _check_count(sparsity, len(anchors))
+    sparsity = _checked_count(sparsity, len(anchors))
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm is one of {', '.join(ALGORITHMS)}, not {algorithm!r}")
     kernel = _kernel_for(targets, len(anchors), sparsity)
@@ -100,14 +101,32 @@ def orthogonal_matching_pursuit(
         compiled = kernel is not None
         algorithm = _cheaper_algorithm(len(targets), len(anchors), anchors.shape[1], sparsity, memory_budget, compiled)
 
+    targets, target_exponents = _scaled(targets, 1)
+    anchors, anchor_exponents = _scaled(anchors, (0, 1))
     gram = _gram_form(anchors, kernel) if algorithm == "gram" else None
     results = [torch.empty(0, sparsity, dtype=torch.int64, device=targets.device)]
-    weights = [torch.empty(0, sparsity, device=targets.device)]
-    for block in targets.split(_BLOCK_TARGETS):
+    weights = [targets.new_empty(0, sparsity)]
+    exponents = target_exponents - anchor_exponents
+    for block, exponent in zip(targets.split(_BLOCK_TARGETS), exponents.split(_BLOCK_TARGETS)):
         supports = _supports_of_block(block, anchors, gram, sparsity)
         results.append(supports.indices)
-        weights.append(_least_squares_weights(block, anchors, supports, kernel))
-    return SparseCombinations(torch.cat(results), torch.cat(weights))
+        weights.append((_least_squares_weights(block, anchors, supports, kernel) * exponent.double().exp2()).float())
+    combinations = SparseCombinations(torch.cat(results), torch.cat(weights))
+    if not torch.isfinite(combinations.weights).all():
+        row = int((~torch.isfinite(combinations.weights)).any(1).nonzero()[0])
+        raise ValueError(f"target {row} is so much longer than its anchors that float32 does not hold its weights")
+    return combinations
+
+
+def _scaled(vectors: Tensor, dims: int | tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Vectors divided by powers of two, exactly, so that their products neither overflow nor vanish: one for each row
+    or for all, where the largest component is far from 1; and the exponents, int32, of as many dimensions."""
+    exponents = torch.linalg.vector_norm(vectors, math.inf, dims, keepdim=True).frexp().exponent
+    exponents = torch.where(exponents.abs() <= _COMMON_EXPONENT, 0, exponents)
+    if not exponents.any():
+        return vectors, exponents
+    half = exponents.div(2, rounding_mode="floor")  # 2^149 is beyond float32
+    return vectors * half.neg().float().exp2() * (half - exponents).float().exp2(), exponents
 
 
 def _cheaper_algorithm(
@@ -168,7 +187,7 @@ def _kernel_for(targets: Tensor, anchors: int, sparsity: int) -> Any:
 def _pursuit_kernel() -> Any:
     """The compiled steps of `pursuit_kernel.py`; None without numba."""
     try:
-        from .pursuit_kernel import TILE_ANCHORS, pursuit_steps, refined_weights
+        from .pursuit_kernel import TILE_ANCHORS, make_orthogonal, pursuit_steps, refined_weights
     except ImportError:
         return None
     except Exception as error:  # of numba's or LLVM's: another version than those known
@@ -176,7 +195,12 @@ def _pursuit_kernel() -> Any:
             f"matching pursuit goes on without its compiled steps, which numba refuses: {error}", stacklevel=2
         )
         return None
-    return SimpleNamespace(TILE_ANCHORS=TILE_ANCHORS, pursuit_steps=pursuit_steps, refined_weights=refined_weights)
+    return SimpleNamespace(
+        TILE_ANCHORS=TILE_ANCHORS,
+        make_orthogonal=make_orthogonal,
+        pursuit_steps=pursuit_steps,
+        refined_weights=refined_weights,
+    )
 
 
 def _supports_of_block(targets: Tensor, anchors: Tensor, gram: _GramForm | None, sparsity: int) -> _Supports:
@@ -205,7 +229,7 @@ def _compiled_pursuit(
     """As `_gram_pursuit`, by the compiled steps."""
 
     def decide(target: int, candidates: Tensor, taken: Tensor) -> int:
-        return int(_decided(candidates, targets[target], anchors, taken))
+        return _decided(candidates, targets[target], anchors, taken, gram.kernel)
 
     sizes = gram.matrix.diagonal()
     close = _close(targets, sizes).squeeze(1)
@@ -268,7 +292,9 @@ def _checked_supports(
     left_before = torch.cat([energies, left[:, :-1]], 1)
     sound = (taken != 0) & (left_before > _TRUSTED_ENERGY * energies)
     sound &= remainders > _TRUSTED_REMAINDER * sizes[indices]
-    factors = (shares.double() + torch.eye(shares.shape[1], device=shares.device)) * remainders.sqrt().unsqueeze(1)
+    factors = (
+        shares.double() + torch.eye(shares.shape[1], dtype=torch.float64, device=shares.device)
+    ) * remainders.sqrt().unsqueeze(1)
     return _Supports(indices, factors), sound.all(1)  # NaN is not sound
 
 
@@ -345,14 +371,16 @@ def _chosen(magnitudes: Tensor, close: Tensor, targets: Tensor, anchors: Tensor,
     return chosen
 
 
-def _decided(candidates: Tensor, target: Tensor, anchors: Tensor, taken: Tensor) -> Tensor:
-    """The candidate with the largest correlation in float64, the lowest of equal ones; a 0-dimensional tensor."""
+def _decided(candidates: Tensor, target: Tensor, anchors: Tensor, taken: Tensor, kernel: Any = None) -> int:
+    """The candidate with the largest correlation in float64, the lowest of equal ones."""
     points, residual = anchors[taken[taken >= 0]].double(), target.double()
-    if len(points):
+    if kernel is not None:  # in every new thread of its own, torch's QR would start threads again
+        kernel.make_orthogonal(residual, points)
+    elif len(points):
         basis = torch.linalg.qr(points.T).Q
         residual = residual - basis @ (basis.T @ residual)
     exact = (anchors[candidates].double() * residual).sum(1).abs()
-    return candidates[exact >= (1 - _EQUAL_PART) * exact.max()][0]
+    return int(candidates[exact >= (1 - _EQUAL_PART) * exact.max()][0])
 
 
 def _first_largest(values: Tensor) -> Tensor:
@@ -363,7 +391,7 @@ def _first_largest(values: Tensor) -> Tensor:
 
 
 def _least_squares_weights(targets: Tensor, anchors: Tensor, supports: _Supports, kernel: Any) -> Tensor:
-    """Weights `(targets, k)` float32 of the least squares of every target on its support.
+    """Weights `(targets, k)` float64 of the least squares of every target on its support.
 
     The factor of the pursuit, known to about float32, preconditions sweeps of iterative refinement in float64; where
     they do not converge, the support is nearly dependent and the weights come from its singular values.
@@ -373,7 +401,7 @@ def _least_squares_weights(targets: Tensor, anchors: Tensor, supports: _Supports
     stray = ~(_norms(corrections) <= _CONVERGED * _norms(weights))  # NaN strays
     for rows in stray.nonzero().squeeze(1).split(32):
         weights[rows] = _unconstrained_weights(targets[rows].double(), _points(anchors, supports.indices[rows]))
-    return torch.where(supports.indices < 0, 0.0, weights).float()
+    return torch.where(supports.indices < 0, 0.0, weights)
 
 
 def _refined_weights(targets: Tensor, anchors: Tensor, indices: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
@@ -406,7 +434,7 @@ def nearest_anchors(targets: Tensor, anchors: Tensor, neighbors: int) -> tuple[T
     distances, the same shape, float64, computed from differences. Raises ValueError as `orthogonal_matching_pursuit`.
     """
     targets, anchors = _checked_pair(targets, anchors)
-    _check_count(neighbors, len(anchors))
+    neighbors = _checked_count(neighbors, len(anchors))
     half_squares = anchors.double().square().sum(1).div(2).float()
     candidates = min(neighbors + _SPARE_CANDIDATES, len(anchors))
     indices, distances = [], []
@@ -442,7 +470,7 @@ def interpolation(
     unused. Raises ValueError as `orthogonal_matching_pursuit`, and for an unknown scheme.
     """
     targets, anchors = _checked_pair(targets, anchors)
-    _check_count(neighbors, len(anchors))
+    neighbors = _checked_count(neighbors, len(anchors))
     if weight_scheme not in WEIGHT_SCHEMES:
         raise ValueError(f"weight_scheme is one of {', '.join(WEIGHT_SCHEMES)}, not {weight_scheme!r}")
     if cosine:
@@ -558,11 +586,11 @@ def rotary_matching_pursuit(
     `orthogonal_matching_pursuit`, and for widths that the heads do not divide into even parts.
     """
     targets, source = _checked_pair(targets, source)
-    _check_count(sparsity, len(source))
+    sparsity = _checked_count(sparsity, len(source))
     if len(source) != len(target):
         raise ValueError(f"expected the same anchors in both spaces, found {len(source)} and {len(target)}")
-    source_frequencies = _rotary_frequencies(source.shape[1], source_space).to(source.device)
-    target_frequencies = _rotary_frequencies(target.shape[1], target_space).to(source.device)
+    source_frequencies = _rotary_frequencies(source.shape[1], source_space, source.device)
+    target_frequencies = _rotary_frequencies(target.shape[1], target_space, source.device)
     images = [targets.new_empty(0, target.shape[1])]
     for block in targets.split(_BLOCK_TARGETS):
         indices, positions = _rotary_supports(block, source, sparsity, source_frequencies)
@@ -591,12 +619,14 @@ def _rotary_supports(targets: Tensor, anchors: Tensor, sparsity: int, frequencie
     return indices, positions
 
 
-def _rotary_frequencies(width: int, space: RotarySpace) -> Tensor:
+def _rotary_frequencies(width: int, space: RotarySpace, device: torch.device) -> Tensor:
     """The angle that one position adds in each plane of each head, `(heads, head width / 2)` float64."""
     head_width, rest = divmod(width, space.heads)
     if rest or head_width % 2:
         raise ValueError(f"{space.heads} heads do not divide a width of {width} into even parts")
-    return space.base ** -(torch.arange(0, head_width, 2, dtype=torch.float64) / head_width).expand(space.heads, -1)
+    return space.base ** -(torch.arange(0, head_width, 2, dtype=torch.float64, device=device) / head_width).expand(
+        space.heads, -1
+    )
 
 
 def _planes(vectors: Tensor, frequencies: Tensor) -> Tensor:
@@ -648,20 +678,23 @@ def under_trained_rows(
 
 
 def _checked_pair(targets: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
-    if targets.dim() != 2 or anchors.dim() != 2 or targets.shape[1] != anchors.shape[1]:
+    if not targets.dim() == anchors.dim() == 2 or not targets.shape[1] == anchors.shape[1] > 0:
         shapes = f"{tuple(targets.shape)} and {tuple(anchors.shape)}"
         raise ValueError(
             f"expected targets and anchors of shapes (targets, width) and (anchors, width), found {shapes}"
         )
+    targets, anchors = (vectors.detach().float().contiguous() for vectors in (targets, anchors))
     for name, vectors in (("targets", targets), ("anchors", anchors)):
-        if not torch.isfinite(vectors).all():
-            row = int((~torch.isfinite(vectors)).any(1).nonzero()[0])
-            raise ValueError(f"{name} must be finite, but row {row} is not")
-    return targets.detach().float().contiguous(), anchors.detach().float().contiguous()
+        unfit = ~torch.isfinite(torch.linalg.vector_norm(vectors, math.inf, dim=1))
+        if unfit.any():
+            row = int(unfit.nonzero()[0])
+            raise ValueError(f"{name} must be finite in float32, but row {row} is not")
+    return targets, anchors
 
 
-def _check_count(count: int, anchors: int) -> None:
-    if not isinstance(count, Integral):
+def _checked_count(count: int, anchors: int) -> int:
+    if isinstance(count, bool) or not isinstance(count, Integral):
         raise ValueError(f"k must be an integer, found {count!r}")
     if not 1 <= count <= anchors:
         raise ValueError(f"k must be between 1 and the number of anchors, {anchors}; found {count}")
+    return int(count)  # the products of numpy's small integers overflow
