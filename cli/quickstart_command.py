@@ -17,6 +17,9 @@ _TOURS = {
     "lexinvariant": ("rarezoo.cli.quickstart_lexinvariant", "runs/quickstart-lexinvariant"),
     "tokenizer_transplant": ("rarezoo.cli.quickstart_tokenizer_transplant", "runs/quickstart-tokenizer-transplant"),
 }
+# Their models are so narrow that several threads would wait for each other, on a busy machine ten times as long as one
+# takes.
+_NARROW = ("lexinvariant", "tokenizer_transplant")
 
 
 def quickstart(
@@ -41,4 +44,9 @@ def quickstart(
     if family not in _TOURS:
         raise ValueError(f"no quickstart for {family!r}; expected {', '.join(_TOURS)}")
     module, folder = _TOURS[family]
-    importlib.import_module(module).run(output or Path(folder))
+    tour = importlib.import_module(module)
+    if family in _NARROW:
+        import torch
+
+        torch.set_num_threads(1)
+    tour.run(output or Path(folder))
