@@ -289,6 +289,23 @@ def test_a_malformed_mapping_is_told(content, tokenizers, table, tmp_path):
         plan_transplant(*tokenizers, table, None, "mapping", mapping=path)
 
 
+def test_base_rows_that_are_not_finite_make_no_others(table):
+    """A copied row stays what it was; sums of it are refused, as are sums that the dtype cannot hold."""
+    matrix = TransplantMatrix.from_combinations(
+        torch.tensor([[3, -1], [4, 5]]), torch.tensor([[1.0, 0.0], [0.5, 0.5]]), len(table)
+    )
+    broken = table.clone()
+    broken[3, 1] = torch.nan
+    assert torch.equal(matrix.apply(broken).isnan().nonzero(), torch.tensor([[0, 1]]))
+    broken[5, 2] = torch.inf
+    with pytest.raises(ValueError, match=r"1 combined rows .* of id 1: base rows \[5\] hold NaN or infinity"):
+        matrix.apply(broken)
+    large = torch.full_like(table, 6e4).half()
+    twice = TransplantMatrix.from_combinations(torch.tensor([[4, 5]]), torch.tensor([[1.0, 1.0]]), len(table))
+    with pytest.raises(ValueError, match="too large for torch.float16"):
+        twice.apply(large)
+
+
 def test_infinite_weights_are_refused(tokenizers, table):
     with pytest.raises(ValueError, match="positive and finite"):
         plan_transplant(*tokenizers, table, None, "mapping", mapping={"a": [("b", math.inf)]})

@@ -123,7 +123,7 @@ class CombinationRows:
 
         Sums are taken in float32 (float64 for a float64 table), in the order of the entries, and rounded once; a
         single base row of weight 1 is copied bit by bit. The result depends neither on the number of threads nor on
-        which other rows are asked for.
+        which other rows are asked for. Raises ValueError where a sum is not finite, as it is of base rows with NaN.
         """
         if table.dim() != 2:
             raise ValueError(f"a table has the shape (rows, hidden_size), found {tuple(table.shape)}")
@@ -135,7 +135,18 @@ class CombinationRows:
             new[copies.to(new.device)] = table[self.base_ids[self.offsets[copies]].to(table.device)]
             if len(others):
                 self.select(others)._combine(table, new, others.to(new.device))
+                self._refuse_non_finite(table, new, others)
         return new
+
+    def _refuse_non_finite(self, table: Tensor, new: Tensor, positions: Tensor) -> None:
+        if new.device.type == "meta" or new.isfinite().all():
+            return
+        broken = positions[~new[positions.to(new.device)].isfinite().all(1).cpu()]
+        if len(broken):
+            read = self.select(broken[:1]).base_ids
+            at_fault = read[~table[read.to(table.device)].isfinite().all(1).cpu()].unique().tolist()
+            cause = f"base rows {at_fault[:5]} hold NaN or infinity" if at_fault else f"too large for {new.dtype}"
+            raise ValueError(f"{len(broken)} combined rows would not be finite, the first of id {broken[0]}: {cause}")
 
     def _copies(self) -> Tensor:
         """Which rows are bit-exact copies: one base id, weight 1, no dense part; `(rows,)` bool."""
