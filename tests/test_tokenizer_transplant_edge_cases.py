@@ -302,7 +302,7 @@ def test_base_rows_that_are_not_finite_make_no_others(table):
         matrix.apply(broken)
     large = torch.full_like(table, 6e4).half()
     twice = TransplantMatrix.from_combinations(torch.tensor([[4, 5]]), torch.tensor([[1.0, 1.0]]), len(table))
-    with pytest.raises(ValueError, match="too large for torch.float16"):
+    with pytest.raises(ValueError, match=r"too large for torch\.float16"):
         twice.apply(large)
 
 
